@@ -1,0 +1,44 @@
+# Two commands need nothing but Python >= 3.10, make and pip: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# The tests keep one thread per process: two worker processes share two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow check bench docs lint clean
+
+demo: .venv/demo.stamp  ## train a far-pair network under every arm and write a report (about 5 minutes)
+	$(BIN)/python -m experiments.compare far-pair
+
+test: .venv/dev.stamp  ## the tests, without the slow ones
+	$(PYTEST) -n 2 -m "not slow"
+
+test-slow: .venv/dev.stamp  ## the tests that take minutes
+	$(PYTEST) -n 2 -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/dev.stamp  ## build the documentation; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+check: lint docs test  ## all that CI asks for
+
+bench: .venv/dev.stamp  ## speed, as ratios to named rivals in the same run; leave the machine alone meanwhile
+	$(BIN)/pip install -q '.[bench]'
+	$(BIN)/python -m experiments.bench
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

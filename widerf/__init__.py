@@ -1,0 +1,69 @@
+"""widerf measures, predicts and widens the effective receptive field of convolutional networks."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from widerf import functional, init, patterns, profile
+    from widerf.conversion import convert, densify
+    from widerf.erf import ERF
+    from widerf.init import InitReport, LayerChange
+    from widerf.measurement import measure
+    from widerf.prediction import predict
+    from widerf.receptive import ReceptiveField, receptive_field
+    from widerf.sparse import SparseConv1d, SparseConv2d, SparseConv3d
+    from widerf.tracker import ERFTracker
+
+# Public name -> the module that holds it. Loaded when first asked for, so that `import widerf` costs what `import torch`
+# does. No module bears the name of a function: importing it would hide the function.
+_HOME = {
+    "ERF": "erf",
+    "ERFTracker": "tracker",
+    "InitReport": "init",
+    "LayerChange": "init",
+    "ReceptiveField": "receptive",
+    "SparseConv1d": "sparse",
+    "SparseConv2d": "sparse",
+    "SparseConv3d": "sparse",
+    "convert": "conversion",
+    "densify": "conversion",
+    "measure": "measurement",
+    "predict": "prediction",
+    "receptive_field": "receptive",
+}
+_MODULES = ("functional", "init", "patterns", "profile")
+
+__all__ = [
+    "ERF",
+    "ERFTracker",
+    "InitReport",
+    "LayerChange",
+    "ReceptiveField",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "convert",
+    "densify",
+    "functional",
+    "init",
+    "measure",
+    "patterns",
+    "predict",
+    "profile",
+    "receptive_field",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"widerf.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"widerf.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'widerf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

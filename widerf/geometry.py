@@ -1,0 +1,50 @@
+"""Taps and where they lie: the integer geometry that every other module stands on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from widerf._checks import require
+
+
+def ntuple(value: int | Sequence[int], rank: int, argument: str) -> tuple[int, ...]:
+    """Return ``value`` as a tuple of ``rank`` integers; an integer stands for all axes.
+
+    Raises:
+        TypeError: if an entry is not an integer.
+        ValueError: if the length is not ``rank``.
+
+    Example:
+        >>> ntuple(3, 2, "kernel_size")
+        (3, 3)
+    """
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    for entry in values:
+        require(
+            isinstance(entry, int) and not isinstance(entry, bool), argument, "hold integers only", value, TypeError
+        )
+    require(len(values) == rank, argument, f"be one integer or {rank}", value)
+    return values
+
+
+def tap_coordinates(kernel_size: Sequence[int]) -> Tensor:
+    """Return the centred coordinate m of each tap of a kernel, in taps.
+
+    Tap index t on an axis of length k lies at m = t − (k − 1)/2, so that an even kernel has its centre between two taps.
+
+    Args:
+        kernel_size: taps per axis, D of them.
+
+    Returns:
+        float64 tensor of shape ``(prod(kernel_size), D)``; row r belongs to the r-th tap in C order.
+
+    Example:
+        >>> tap_coordinates((3,)).squeeze(1).tolist()
+        [-1.0, 0.0, 1.0]
+    """
+    axes = [[t - (k - 1) / 2 for t in range(k)] for k in kernel_size]
+    return torch.tensor(list(itertools.product(*axes)), dtype=torch.float64)
