@@ -1,0 +1,294 @@
+"""The measured ERF: back-propagation from a unit, averaged over inputs or over weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widerf._checks import require
+from widerf.erf import ERF
+from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
+from widerf.sandbox import untouched
+
+_MAX_BLOCKS = 32
+_LEAST_DRAWS = 8  # before rtol may stop the measurement
+_SEED = 0
+
+Unit = int | Sequence[int]
+Redraw = Callable[[nn.Module, torch.Generator], object]
+
+
+def measure(
+    model: nn.Module,
+    input_size: Sequence[int] = (3, 224, 224),
+    *,
+    layer: str | nn.Module | None = None,
+    unit: Unit | Sequence[Unit] | None = None,
+    inputs: Tensor | Iterable[Any] | None = None,
+    samples: int = 32,
+    rtol: float | None = None,
+    redraw: Redraw | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    batch_size: int | None = None,
+) -> ERF:
+    """Measure the effective receptive field of a unit by back-propagation.
+
+    The energy map is ``A(p) = Σ_c E[(∂y/∂x_cp)²]`` (Luo et al. 2016, section 2), y being the unit and c the input's
+    channels, summed over the channels of the unit as well. One backward pass per draw is enough: with random signs s
+    over the unit's channels, ``E_s[(∂(Σ_k s_k y_k)/∂x)²] = Σ_k (∂y_k/∂x)²``.
+
+    The model is measured in the mode in which it is (``model.eval()`` first, if that is meant) and comes back
+    bit-identical, as does the global random state.
+
+    Args:
+        model: any module that maps ``(batch, *input_size)`` to anything.
+        input_size: ``(channels, *spatial)``, spatial rank 1 to 3.
+        layer: module or its name; by default the last spatial map before global pooling.
+        unit: index on that map, by default the centre one; a list of indices gives the field of all of them together,
+            the sum of their energies.
+        inputs: real images: a tensor ``(n, *input_size)``, or an iterable (``DataLoader``) of batches or single
+            images, or of tuples that begin with them. By default N(0, 1).
+        samples: draws at most. A draw is one image; with ``redraw``, one set of weights.
+        rtol: stop as soon as the standard error of ``std`` is below ``rtol · std``.
+        redraw: called as ``redraw(model, generator)`` before each draw to re-initialise the weights in place: the
+            expected ERF at initialisation. Each call finds the model as it was given.
+        generator: source of the signs, the N(0, 1) images and ``redraw``; by default one with a fixed seed.
+        progress: whether to show a progress bar.
+        batch_size: images in one pass; by default 8, with ``redraw`` 1.
+
+    Returns:
+        The ERF, with a standard error and an interval for every figure.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument breaks its rule, if the gradient is zero in all draws (a dead unit) or not finite.
+
+    Warns:
+        ClippedWarning: if the image border cuts off more than one per cent of the mass.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+        >>> erf = measure(model, (1, 9, 9), samples=16)
+        >>> erf.map.shape, erf.center, erf.trf_size
+        (torch.Size([9, 9]), (4.0, 4.0), (5, 5))
+    """
+    require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
+    input_size = check_input_size(input_size)
+    require(isinstance(samples, int) and samples > 0, "samples", "be a positive integer", samples)
+    require(rtol is None or rtol > 0, "rtol", "be positive", rtol)
+    require(batch_size is None or batch_size > 0, "batch_size", "be positive", batch_size)
+    site = spatial_layer(model, input_size, layer)
+    units = _units(unit, site.spatial_shape)
+    generator = torch.Generator().manual_seed(_SEED) if generator is None else generator
+    batch = batch_size or (1 if redraw else min(8, samples))
+    images = _Images(inputs, input_size, probe_input(model, input_size, 0), generator)
+    backward = _Backward(model, site, units, generator)
+    blocks = _Blocks()
+    geometry = _geometry(model, input_size, site, units)
+    bar = _bar(samples, progress)
+    with untouched(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        # What the forward pass draws (dropout) comes from the generator too.
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+        for energies in _draws(model, images, backward, redraw, batch, samples):
+            for energy in energies:
+                blocks.add(energy)
+            bar.update(len(energies))
+            if rtol is not None and blocks.count >= _LEAST_DRAWS and blocks.precise(rtol, geometry):
+                break
+    bar.close()
+    return blocks.erf(geometry)
+
+
+def _units(unit: Unit | Sequence[Unit] | None, spatial_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    several = not isinstance(unit, int) and unit is not None and any(not isinstance(u, int) for u in unit)
+    if several:
+        assert isinstance(unit, Sequence)
+        return [check_unit(u, spatial_shape) for u in unit]
+    return [check_unit(unit, spatial_shape)]  # type: ignore[arg-type]
+
+
+def _draws(
+    model: nn.Module, images: _Images, backward: _Backward, redraw: Redraw | None, batch: int, samples: int
+) -> Iterator[Tensor]:
+    """Yield the energies ``(draws, *spatial)`` of one pass after another, ``samples`` draws in all."""
+    done = 0
+    per_pass = 1 if redraw else batch
+    while done < samples:
+        x = images.take(batch if redraw else min(batch, samples - done))
+        if not len(x):
+            return
+        if redraw is None:
+            energies = backward(x)
+        else:
+            with untouched(model):
+                redraw(model, backward.generator)
+                energies = backward(x).mean(0, keepdim=True)
+        done += per_pass
+        yield energies
+
+
+class _Images:
+    """Batches of random or real images, of the size asked for."""
+
+    def __init__(
+        self, source: Tensor | Iterable[Any] | None, size: tuple[int, ...], like: Tensor, generator: torch.Generator
+    ) -> None:
+        self.size, self.like, self.generator = size, like, generator
+        self.random = source is None
+        known = source is None or isinstance(source, Tensor | Iterable)
+        require(known, "inputs", "be a tensor, an iterable or None", type(source).__name__, TypeError)
+        self.batches = iter(()) if source is None else iter([source] if isinstance(source, Tensor) else source)
+        self.rest = like
+
+    def take(self, count: int) -> Tensor:
+        """Up to ``count`` images; fewer when the source is at its end."""
+        if self.random:
+            device, dtype = self.generator.device, self.like.dtype
+            x = torch.randn((count, *self.size), generator=self.generator, device=device, dtype=torch.float32)
+            return x.to(self.like.device, dtype)
+        while len(self.rest) < count:
+            batch = next(self.batches, None)
+            if batch is None:
+                break
+            self.rest = torch.cat([self.rest, self._images(batch)])
+        taken, self.rest = self.rest[:count], self.rest[count:]
+        return taken
+
+    def _images(self, batch: Any) -> Tensor:
+        if isinstance(batch, list | tuple) and batch:
+            batch = batch[0]
+        require(isinstance(batch, Tensor), "inputs", "yield tensors", type(batch).__name__, TypeError)
+        images: Tensor = batch[None] if batch.ndim == len(self.size) else batch
+        require(images.is_floating_point(), "inputs", "hold floating-point images", images.dtype, TypeError)
+        shape = tuple(images.shape)
+        require(
+            shape[1:] == self.size, "inputs", f"have the shape of input_size {self.size} after the batch axis", shape
+        )
+        return images.to(self.like.device, self.like.dtype)
+
+
+class _Reached(Exception):  # noqa: N818  (not an error: it ends the forward pass)
+    pass
+
+
+class _Backward:
+    """One forward pass up to the layer and one backward pass to the images."""
+
+    def __init__(
+        self, model: nn.Module, site: MapSite, units: list[tuple[int, ...]], generator: torch.Generator
+    ) -> None:
+        self.model, self.site, self.units, self.generator = model, site, units, generator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the energy ``(images, *spatial)``, float64, of the units at fresh random signs."""
+        with torch.inference_mode(False), torch.enable_grad():
+            images = images.detach().clone().requires_grad_()
+            score = self._score(images)
+            gradient = torch.zeros_like(images)
+            if score.requires_grad:
+                found = torch.autograd.grad(score, images, allow_unused=True)[0]
+                gradient = gradient if found is None else found
+        energy = gradient.detach().to("cpu", torch.float64).square().sum(1)
+        require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
+        return energy
+
+    def _score(self, images: Tensor) -> Tensor:
+        calls = 0
+        score: list[Tensor] = []
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            nonlocal calls
+            if calls == self.site.call:
+                score.append(self._signed(self.site.lay(output)))
+                raise _Reached  # what follows the layer is not needed
+            calls += 1
+
+        handle = self.site.module.register_forward_hook(hook)
+        try:
+            self.model(images)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        require(bool(score), "layer", "be called in the same way in every forward pass", self.site.name)
+        return score[0]
+
+    def _signed(self, output: Tensor) -> Tensor:
+        every = (slice(None), slice(None))  # of the images and of the channels
+        values = torch.stack([output[(*every, *unit)] for unit in self.units], -1)
+        coins = torch.randint(2, values.shape, generator=self.generator, device=self.generator.device)
+        return (values * (2 * coins - 1).to(values)).sum()
+
+
+@dataclass
+class _Geometry:
+    """Where the units see: what an ERF needs beside the energy."""
+
+    center: tuple[float, ...]
+    trf_size: tuple[int, ...] | None
+    jump: tuple[float, ...]
+    traced: bool
+
+
+def _geometry(model: nn.Module, input_size: tuple[int, ...], site: MapSite, units: list[tuple[int, ...]]) -> _Geometry:
+    """Centre of the units' cells in the image, as if the map tiled it."""
+    jump = tuple(n / m for n, m in zip(input_size[1:], site.spatial_shape, strict=True))
+    middle = [sum(u[axis] for u in units) / len(units) for axis in range(len(jump))]
+    return _Geometry(tuple((m + 0.5) * j - 0.5 for m, j in zip(middle, jump, strict=True)), None, jump, False)
+
+
+@dataclass
+class _Blocks:
+    """Energies summed over at most 32 blocks of draws; full, neighbours are merged, so that 16 to 32 are held."""
+
+    sums: list[Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    size: int = 1
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def add(self, energy: Tensor) -> None:
+        if self.counts and self.counts[-1] < self.size:
+            self.sums[-1] = self.sums[-1] + energy
+            self.counts[-1] += 1
+            return
+        if len(self.sums) == _MAX_BLOCKS:
+            self.sums = [a + b for a, b in zip(self.sums[::2], self.sums[1::2], strict=True)]
+            self.counts = [a + b for a, b in zip(self.counts[::2], self.counts[1::2], strict=True)]
+            self.size *= 2
+        self.sums.append(energy)
+        self.counts.append(1)
+
+    def precise(self, rtol: float, geometry: _Geometry) -> bool:
+        erf = self.erf(geometry, warn=False)
+        return bool(erf.standard_error("std") <= rtol * erf.std)
+
+    def erf(self, geometry: _Geometry, warn: bool = True) -> ERF:
+        require(self.count > 0, "inputs", "hold at least one image", "none")
+        blocks = torch.stack(self.sums)
+        return ERF.from_energy(
+            blocks.sum(0),
+            center=geometry.center,
+            trf_size=geometry.trf_size,
+            jump=geometry.jump,
+            centered_by="trace" if geometry.traced else "grid",
+            samples=self.count,
+            blocks=blocks,
+            block_samples=self.counts,
+            warn=warn,
+        )
+
+
+def _bar(samples: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=samples, disable=not progress, unit="draw", desc="measure")
