@@ -1,0 +1,174 @@
+"""One table for every report: rows of a dataclass as text, HTML or JSON.
+
+A report is a sequence of rows, some lines above them, and warnings below. The initialiser and the conversion each give
+their own row class and columns; everything about showing them is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, overload
+
+from widerf._checks import require_known
+
+Row = TypeVar("Row")
+
+_HTML = """\
+<div class="widerf-report">
+{%- for line in lines %}
+<p>{{ line }}</p>
+{%- endfor %}
+<table>
+<thead><tr>{% for title in titles %}<th style="text-align:left">{{ title }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in rows %}
+<tr>{% for cell in row %}<td style="text-align:left">{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody>
+</table>
+{%- if warnings %}
+<ul>
+{%- for warning in warnings %}
+<li><strong>Warning:</strong> {{ warning }}</li>
+{%- endfor %}
+</ul>
+{%- endif %}
+</div>"""
+
+
+def cell(value: object) -> str:
+    """Return one table cell as text: numbers short, tuples as 3×3, nothing for ``None``.
+
+    Example:
+        >>> [cell(value) for value in (0.8164966, (3, 5), None, 4, True)]
+        ['0.816', '3×5', '', '4', 'yes']
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}" if math.isfinite(value) and abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, (tuple, list)):
+        return "×".join(map(cell, value))
+    return str(value)
+
+
+def plain(value: object) -> Any:
+    """Return ``value`` as what JSON can hold; numbers that JSON has no word for become ``None``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.repr}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of text with aligned columns.
+
+    Example:
+        >>> print(table(["layer", "strength"], [["conv1", "0.5"]]))
+        layer  strength
+        ───────────────
+        conv1  0.5
+    """
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (titles, *rows)]
+    lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Sequence[Row], Generic[Row]):
+    """A sequence of rows that shows itself as a table.
+
+    ``print(report)`` and notebooks show it; ``report["layer1.0.conv1"]`` is the row of that name; ``to_json()`` gives
+    everything to a machine; ``save("report.html")`` writes it (``.html``, ``.json`` or plain text).
+
+    Subclasses set ``columns``, may add fields, and say their own lines above the table in :meth:`lines`.
+
+    Attributes:
+        rows: one row per layer, in the order of the model's modules. Row classes are dataclasses with a ``name``.
+        warnings: sentences that the user ought to read.
+        columns: titles of the table's columns, each with the attribute of the row that fills it, or a function of it.
+    """
+
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+    columns: ClassVar[Mapping[str, str | Callable[[Any], object]]] = {"name": "name"}
+
+    def lines(self) -> list[str]:
+        """Return what is said above the table."""
+        return []
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int | str) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | str | slice) -> Row | Sequence[Row]:
+        if isinstance(index, str):
+            names = {getattr(row, "name", ""): row for row in self.rows}
+            require_known(index, names, "name")
+            return names[index]
+        return self.rows[index]
+
+    def _cells(self) -> list[list[str]]:
+        """Return the table's text; a column that is empty in every row is left out by :meth:`_shown`."""
+        return [
+            [cell(getattr(row, source, None) if isinstance(source, str) else source(row)) for source in self._sources()]
+            for row in self.rows
+        ]
+
+    def _sources(self) -> list[str | Callable[[Any], object]]:
+        return list(self.columns.values())
+
+    def _shown(self) -> tuple[list[str], list[list[str]]]:
+        """Return titles and cells of the columns that hold anything."""
+        cells = self._cells()
+        kept = [i for i in range(len(self.columns)) if i == 0 or any(row[i] for row in cells)]
+        return [list(self.columns)[i] for i in kept], [[row[i] for i in kept] for row in cells]
+
+    def __str__(self) -> str:
+        warnings = [
+            textwrap.fill(f"Warning: {text}", 120, subsequent_indent="  ", break_on_hyphens=False)
+            for text in self.warnings
+        ]
+        return "\n".join([*self.lines(), table(*self._shown()), *warnings])
+
+    def _repr_html_(self) -> str:
+        import jinja2
+
+        titles, rows = self._shown()
+        template = jinja2.Environment(autoescape=True).from_string(_HTML)
+        return template.render(lines=self.lines(), titles=titles, rows=rows, warnings=self.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain lists, dictionaries, numbers and strings."""
+        content = plain(self)
+        assert isinstance(content, dict)
+        return content
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return all fields as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report; the ending of ``path`` says how: ``.html``, ``.json``, anything else is plain text."""
+        target = Path(path)
+        written = {".html": self._repr_html_, ".json": self.to_json}.get(target.suffix, self.__str__)()
+        target.write_text(written + "\n", encoding="utf-8")
