@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,8 +222,9 @@ class _Backward:
         return score[0]
 
     def _signed(self, output: Tensor) -> Tensor:
-        every = (slice(None), slice(None))  # of the images and of the channels
-        values = torch.stack([output[(*every, *unit)] for unit in self.units], -1)
+        strides = torch.tensor([math.prod(self.site.spatial_shape[a + 1 :]) for a in range(output.ndim - 2)])
+        flat = (torch.tensor(self.units) * strides).sum(1).to(output.device)
+        values = output.flatten(2)[..., flat]
         coins = torch.randint(2, values.shape, generator=self.generator, device=self.generator.device)
         return (values * (2 * coins - 1).to(values)).sum()
 
