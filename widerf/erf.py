@@ -51,8 +51,8 @@ class ERF:
         trf_size: pixels per axis of the TRF; None where a global path lets the unit see the whole image, or the size is
             not known.
         jump: input pixels between neighbouring units of the layer, per axis; None where it is not known.
-        centered_by: ``"trace"`` if ``center`` comes from the theoretical receptive field, ``"grid"`` if the model could
-            not be traced and the centre of the unit's cell in the image stands in.
+        untraced: why the model could not be traced, None if it could; ``center`` is then the centre of the unit's cell,
+            as if the cells of the map tiled the image.
         samples: draws that were averaged; None for a prediction.
         clipped: share of the mass that the image border cuts off or could have, see :func:`clipped_share`.
         blocks: float32, shape ``(blocks, *spatial)``: sums of the energy over disjoint groups of draws, scaled so that
@@ -64,7 +64,7 @@ class ERF:
     center: tuple[float, ...]
     trf_size: tuple[int, ...] | None = None
     jump: tuple[float, ...] | None = None
-    centered_by: Literal["trace", "grid"] = "trace"
+    untraced: str | None = None
     samples: int | None = None
     clipped: float = 0.0
     blocks: Tensor | None = field(default=None, repr=False)
@@ -78,7 +78,7 @@ class ERF:
         center: Sequence[float],
         trf_size: Sequence[int] | None = None,
         jump: Sequence[float] | None = None,
-        centered_by: Literal["trace", "grid"] = "trace",
+        untraced: str | None = None,
         samples: int | None = None,
         clipped: float | None = None,
         blocks: Tensor | None = None,
@@ -92,7 +92,7 @@ class ERF:
             center: centre of the TRF per axis, input pixels.
             trf_size: pixels per axis of the TRF, None if it is the whole image or not known.
             jump: input pixels between neighbouring units, None if not known.
-            centered_by: where ``center`` comes from.
+            untraced: why ``center`` is not that of the theoretical receptive field.
             samples: draws behind ``energy``.
             clipped: share of mass that the border cuts off; by default that of :func:`clipped_share`.
             blocks: energy summed over groups of draws, on any common scale.
@@ -128,7 +128,7 @@ class ERF:
         if blocks is not None:
             blocks = (blocks.to("cpu", torch.float64) / blocks.sum(dtype=torch.float64)).float()
         counts = None if block_samples is None else tuple(block_samples)
-        return cls(share, middle, size, step, centered_by, samples, clipped, blocks, counts)
+        return cls(share, middle, size, step, untraced, samples, clipped, blocks, counts)
 
     @property
     def amplitude(self) -> Tensor:
@@ -291,7 +291,7 @@ class ERF:
         for name in ("center", "trf_size", "jump", "block_samples"):
             if name in values:
                 values[name] = tuple(values[name].tolist())
-        for name in ("centered_by", "samples", "clipped"):
+        for name in ("untraced", "samples", "clipped"):
             if name in values:
                 values[name] = values[name].item()
         return cls(**values)

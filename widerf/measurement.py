@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from widerf._checks import require
 from widerf.erf import ERF
 from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
+from widerf.receptive import from_tape
 from widerf.sandbox import untouched
+from widerf.trace import UntreatedOperatorError, record
 
 _MAX_BLOCKS = 32
 _LEAST_DRAWS = 8  # before rtol may stop the measurement
@@ -236,14 +238,27 @@ class _Geometry:
     center: tuple[float, ...]
     trf_size: tuple[int, ...] | None
     jump: tuple[float, ...]
-    traced: bool
+    untraced: str | None
 
 
 def _geometry(model: nn.Module, input_size: tuple[int, ...], site: MapSite, units: list[tuple[int, ...]]) -> _Geometry:
-    """Centre of the units' cells in the image, as if the map tiled it."""
+    """Box that the units see together, by the trace of the model; where there is none, the units' cells stand in."""
     jump = tuple(n / m for n, m in zip(input_size[1:], site.spatial_shape, strict=True))
-    middle = [sum(u[axis] for u in units) / len(units) for axis in range(len(jump))]
-    return _Geometry(tuple((m + 0.5) * j - 0.5 for m, j in zip(middle, jump, strict=True)), None, jump, False)
+    try:
+        # The field is the same in both modes; in eval mode a single image will do.
+        with untouched(model), torch.no_grad():
+            tape = record(model.eval(), probe_input(model, input_size, 1), site)
+        field = from_tape(tape, site.name)
+    except UntreatedOperatorError as error:
+        middle = [sum(u[axis] for u in units) / len(units) for axis in range(len(jump))]
+        center = tuple((m + 0.5) * j - 0.5 for m, j in zip(middle, jump, strict=True))
+        return _Geometry(center, None, jump, str(error))
+    spans = [field.interval(unit) for unit in units]
+    first = [min(low[axis] for low, _ in spans) for axis in range(len(jump))]
+    last = [max(high[axis] for _, high in spans) for axis in range(len(jump))]
+    center = tuple((a + b) / 2 for a, b in zip(first, last, strict=True))
+    size = None if field.global_paths else tuple(b - a + 1 for a, b in zip(first, last, strict=True))
+    return _Geometry(center, size, field.jump, None)
 
 
 @dataclass
@@ -282,7 +297,7 @@ class _Blocks:
             center=geometry.center,
             trf_size=geometry.trf_size,
             jump=geometry.jump,
-            centered_by="trace" if geometry.traced else "grid",
+            untraced=geometry.untraced,
             samples=self.count,
             blocks=blocks,
             block_samples=self.counts,

@@ -27,7 +27,8 @@ _SIGMA_COLOR, _FIT_COLOR, _TRF_COLOR = "white", "tab:cyan", "tab:orange"
 def draw(erf: ERF, ax: Axes | None = None, *, vmax: float | None = None, legend: bool = True) -> Axes:
     """Draw the amplitude map with its 2-sigma contour, the TRF and the fitted Gaussian.
 
-    The Gaussian is shown by its 2-sigma ellipse, the TRF (theoretical receptive field) by its outline. A map with one axis is drawn as a curve; one with three axes as its projection along the first.
+    The Gaussian is shown by its 2-sigma ellipse, the TRF (theoretical receptive field) by its outline. A map with one
+    axis is drawn as a curve; one with three axes as its projection along the first.
 
     Args:
         erf: what to draw.
