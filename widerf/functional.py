@@ -1,0 +1,276 @@
+"""Convolution with taps at any integer offsets, one set of taps per group of input channels: the pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widerf._checks import require, require_known
+from widerf.columns import Plan, Taps, convolve, make_plan
+from widerf.geometry import ntuple
+
+Size = int | Sequence[int]
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+def read_taps(offsets: Tensor) -> Taps:
+    """Return the offsets as nested tuples of integers, [group][tap][axis]."""
+    return tuple(tuple(tuple(tap) for tap in group) for group in offsets.tolist())
+
+
+def check_offsets(offsets: object, taps: int, rank: int) -> Tensor:
+    """Return ``offsets`` as an int64 tensor (groups, taps, D) if it is one.
+
+    Raises:
+        TypeError: if it is not a tensor of integers.
+        ValueError: if the shape is wrong or a group holds a tap twice.
+    """
+    rule = f"be an integer tensor of shape (groups, {taps}, {rank})"
+    require(isinstance(offsets, Tensor), "offsets", rule, type(offsets).__name__, TypeError)
+    assert isinstance(offsets, Tensor)
+    integer = not (offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool)
+    require(integer, "offsets", rule, offsets.dtype, TypeError)
+    shaped = offsets.dim() == 3 and offsets.shape[0] >= 1 and tuple(offsets.shape[1:]) == (taps, rank)
+    require(shaped, "offsets", rule, tuple(offsets.shape))
+    for number, group in enumerate(read_taps(offsets)):
+        twice = sorted({tap for tap in group if group.count(tap) > 1})
+        require(not twice, f"offsets[{number}]", "hold no tap twice", twice)
+    return offsets.to(torch.int64)
+
+
+def resolve_padding(
+    padding: str | Size, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Return the padding (before, after) per axis, by the rules of PyTorch's convolutions.
+
+    Raises:
+        ValueError: if ``padding`` is neither "same", "valid" nor non-negative integers, or "same" meets a stride.
+
+    Example:
+        >>> resolve_padding("same", (4,), (1,), (1,))
+        ((1, 2),)
+    """
+    if isinstance(padding, str):
+        require_known(padding, ("same", "valid"), "padding")
+        require(padding == "valid" or all(s == 1 for s in stride), "stride", "be 1 with padding='same'", stride)
+        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel_size, dilation, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
+    values = ntuple(padding, len(kernel_size), "padding")
+    require(all(p >= 0 for p in values), "padding", "not be negative", padding)
+    return tuple((p, p) for p in values)
+
+
+def _outside(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """Extend one axis without end: reflections of reflections, the border pixel, or the image again and again."""
+    n = x.shape[axis]
+    index = torch.arange(-before, n + after, device=x.device)
+    if mode == "circular":
+        index = index.remainder(n)
+    elif mode == "replicate":
+        index = index.clamp(0, n - 1)
+    else:
+        period = max(1, 2 * (n - 1))
+        index = index.remainder(period)
+        index = torch.minimum(index, period - index) if n > 1 else index * 0
+    return x.index_select(axis, index)
+
+
+def extend(x: Tensor, before: Sequence[int], after: Sequence[int], mode: str) -> Tensor:
+    """Return ``x`` (batch, channels, *spatial) with pixels added before and after each axis.
+
+    ``F.pad`` where it can; its modes other than zeros refuse to pad by more than the image (reflect: one pixel less), which
+    a wide window on a small image needs. There the image goes on reflecting (repeating) as often as necessary.
+    """
+    if not any((*before, *after)):
+        return x
+    room = {"constant": None, "replicate": None, "reflect": 1, "circular": 0}[mode]
+    fits = room is None or all(
+        max(p) <= n - room for p, n in zip(zip(before, after, strict=True), x.shape[2:], strict=True)
+    )
+    if fits:
+        return F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair], mode=mode)
+    for axis, (a, b) in enumerate(zip(before, after, strict=True), start=2):
+        x = _outside(x, axis, a, b, mode)
+    return x
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Raise what PyTorch's convolutions raise, RuntimeError, if the tensors do not fit each other."""
+    rank = weight.dim() - 2
+    if x.dim() not in (rank + 1, rank + 2):
+        raise RuntimeError(
+            f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to sparse_conv{rank}d, "
+            f"but got input of size: {list(x.shape)}"
+        )
+    channels = x.shape[-rank - 1]
+    if channels != weight.shape[1] * groups:
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} to have "
+            f"{weight.shape[1] * groups} channels, but got {channels} channels instead"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise RuntimeError(f"bias must have shape ({weight.shape[0]},), got {list(bias.shape)}")
+
+
+def output_size(
+    spatial: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Return the output size of the plain convolution.
+
+    Raises:
+        RuntimeError: if the dense kernel does not fit on the padded image.
+    """
+    padded = [n + sum(p) for n, p in zip(spatial, padding, strict=True)]
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    if any(r > n for r, n in zip(reach, padded, strict=True)):
+        raise RuntimeError(
+            f"Calculated padded input size per channel: {padded}. Kernel size: {reach}. "
+            "Kernel size can't be greater than actual input size"
+        )
+    return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True))
+
+
+def apply_plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    padding: Sequence[tuple[int, int]],
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Convolve by a plan that is made already: what the functions and the modules share."""
+    _check_shapes(x, weight, bias, plan.groups)
+    rank, device = weight.dim() - 2, x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
+    size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, plan.dilation)
+    wide = extend(batched, plan.before, plan.after, PADDING_MODES[padding_mode])
+    y = convolve(wide, weight, plan, size)
+    if bias is not None:
+        y = y + bias.view(-1, *(1,) * rank)
+    return y if x.dim() == rank + 2 else y.squeeze(0)
+
+
+def _sparse_conv(
+    rank: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    stride: Size,
+    padding: str | Size,
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    require(weight.dim() == rank + 2, "weight", f"have {rank + 2} axes", tuple(weight.shape))
+    kernel_size = tuple(weight.shape[2:])
+    steps, spread = ntuple(stride, rank, "stride"), ntuple(dilation, rank, "dilation")
+    require(all(s >= 1 for s in steps), "stride", "be positive", stride)
+    require(all(d >= 1 for d in spread), "dilation", "be positive", dilation)
+    require(groups >= 1 and weight.shape[0] % groups == 0, "groups", f"divide the {weight.shape[0]} outputs", groups)
+    taps = read_taps(check_offsets(offsets, weight[0, 0].numel(), rank))
+    channels = weight.shape[1] * groups
+    require(len(taps) <= channels, "offsets", f"have no more groups than the {channels} input channels", len(taps))
+    pads = resolve_padding(padding, kernel_size, steps, spread)
+    plan = make_plan(taps, channels, kernel_size, steps, pads, spread, groups)
+    return apply_plan(input, weight, bias, plan, pads)
+
+
+def sparse_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve a signal with taps at ``offsets``: `sparse_conv2d` with one axis.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+        >>> sparse_conv1d(x, torch.ones(1, 1, 2), None, torch.tensor([[[0], [2]]]))
+        tensor([[ 5., 10.,  4.]])
+    """
+    return _sparse_conv(1, input, weight, bias, offsets, stride, padding, dilation, groups)
+
+
+def sparse_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve an image with taps at ``offsets`` from the kernel's centre.
+
+        y[b, o, u] = bias[o] + Σ_c Σ_t weight[o, c, t] · x[b, c, s·u − p + d·(h + offsets[g(c), t])]
+
+    with u the output index (a vector of D integers), s, p, d the stride, padding and dilation of each axis, h = (k − 1)//2
+    the dense kernel's centre tap, and x zero outside the image. Channel c of C lies in pattern group g(c) = ⌊c·G/C⌋:
+    equal stretches of channels, or as equal as can be if G does not divide C. With
+    ``offsets = patterns.dense_taps(kernel_size)[None]`` it is ``F.conv2d``.
+
+    Args:
+        input: (batch, in, H, W) or (in, H, W).
+        weight: (out, in/groups, kH, kW); element [o, c, i, j] multiplies the tap ``offsets[g, i·kW + j]``.
+        bias: (out,) or None.
+        offsets: integers (pattern groups, kH·kW, 2), in taps from the kernel's centre (y, x).
+        stride: output step in pixels, per axis.
+        padding: pixels on each side, per axis, "same" or "valid", meant for the dense kernel: the taps may reach further and
+            read zeros there.
+        dilation: pixels between two offsets that differ by 1.
+        groups: blocks of connections, as in ``F.conv2d``.
+
+    Returns:
+        (batch, out, H', W') or (out, H', W'), of the size that ``F.conv2d`` gives for the same arguments.
+
+    Raises:
+        TypeError: if the offsets are not integers.
+        ValueError: if an argument breaks a rule named in the message.
+        RuntimeError: if the tensors do not fit each other, as in ``F.conv2d``.
+
+    Example:
+        >>> x, w = torch.randn(1, 8, 5, 5), torch.randn(4, 8, 3, 3)
+        >>> from widerf.patterns import dense_taps, partition
+        >>> torch.allclose(sparse_conv2d(x, w, None, dense_taps(3)[None]), F.conv2d(x, w), atol=1e-5)
+        True
+        >>> sparse_conv2d(x, w, None, partition(3, 9, groups=8), padding=1).shape
+        torch.Size([1, 4, 5, 5])
+    """
+    return _sparse_conv(2, input, weight, bias, offsets, stride, padding, dilation, groups)
+
+
+def sparse_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve a volume with taps at ``offsets``: `sparse_conv2d` with three axes.
+
+    Example:
+        >>> from widerf.patterns import partition
+        >>> x, w = torch.randn(2, 4, 5, 6, 7), torch.randn(3, 4, 3, 3, 3)
+        >>> sparse_conv3d(x, w, None, partition((3, 3, 3), 7, groups=4), padding="same").shape
+        torch.Size([2, 3, 5, 6, 7])
+    """
+    return _sparse_conv(3, input, weight, bias, offsets, stride, padding, dilation, groups)

@@ -1,0 +1,266 @@
+"""Tap patterns: where the connections of a sparse kernel lie, one set of taps per group of input channels.
+
+A pattern is an int64 tensor ``(groups, taps, D)``. Element ``[g, t]`` is the offset, in taps, from the kernel's centre at
+which the input channels of group g are read by the t-th weight of the kernel (taps in C order, as in
+``weight.flatten(2)``). The centre is tap ``(k − 1)//2`` on each axis, so that the dense kernel has the offsets
+``0 … k − 1`` less that number, whether k is odd or even.
+
+The taps lie in a window of ``extent`` cells per axis, centred on the kernel (`window`). Within a group the taps are
+ordered so that each lies as near as can be to the dense tap whose weight it takes (`match_dense`): this is how the
+weights of a plain convolution carry over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from widerf._checks import require, require_known
+from widerf.geometry import ntuple, tap_coordinates
+
+Size = int | Sequence[int]
+Pattern = Callable[..., Tensor]
+
+
+def sizes(kernel_size: Size, extent: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return kernel size and extent as tuples of the same rank; two integers stand for two axes.
+
+    Raises:
+        ValueError: if an extent is smaller than the kernel on its axis.
+
+    Example:
+        >>> sizes(3, (7, 7, 5))
+        ((3, 3, 3), (7, 7, 5))
+    """
+    rank = next((len(s) for s in (kernel_size, extent) if not isinstance(s, int)), 2)
+    k, s = ntuple(kernel_size, rank, "kernel_size"), ntuple(extent, rank, "extent")
+    require(all(n >= 1 for n in k), "kernel_size", "be positive", kernel_size)
+    require(
+        all(a >= b for a, b in zip(s, k, strict=True)), "extent", f"be at least kernel_size {k} on each axis", extent
+    )
+    return k, s
+
+
+def window(kernel_size: Size, extent: Size) -> Tensor:
+    """Return the offsets of all cells of the window, int64 ``(prod(extent), D)``, in C order.
+
+    The window has the same centre as the k dense taps: on each axis it begins ``(S − k)//2`` cells before them, so that
+    a layer of extent S and padding p is a dense S-tap convolution of padding ``p + (S − k)/2``. If S − k is odd, the window
+    reaches one cell further on the high side.
+
+    Example:
+        >>> window((3,), (5,)).flatten().tolist()
+        [-2, -1, 0, 1, 2]
+        >>> window((2,), (4,)).flatten().tolist()
+        [-1, 0, 1, 2]
+    """
+    k, s = sizes(kernel_size, extent)
+    axes = [range(-((b - 1) // 2) - (a - b) // 2, a - (b - 1) // 2 - (a - b) // 2) for a, b in zip(s, k, strict=True)]
+    return torch.tensor(list(itertools.product(*axes)), dtype=torch.int64)
+
+
+def dense_taps(kernel_size: Size) -> Tensor:
+    """Return the offsets of the dense kernel, int64 ``(taps, D)``: the window of extent k.
+
+    Example:
+        >>> dense_taps((3,)).flatten().tolist()
+        [-1, 0, 1]
+    """
+    return window(kernel_size, kernel_size)
+
+
+def match_dense(offsets: Tensor, kernel_size: Size) -> Tensor:
+    """Order each group's taps so that tap t is the partner of dense tap t.
+
+    The assignment maximises Σ_t m_t · o_t with m_t the centred coordinate of dense tap t and o_t the offset it is sent to.
+    That minimises Σ_t |c·m_t − o_t|² for every scale c > 0 at once: the upper left weight of a trained kernel goes to an
+    upper left tap, however wide the window is. The dense kernel itself is left in order.
+
+    Args:
+        offsets: int64 ``(groups, taps, D)``.
+        kernel_size: the kernel whose weights the taps will carry.
+
+    Returns:
+        the same offsets, taps reordered within each group.
+
+    Example:
+        >>> match_dense(torch.tensor([[[4], [-3], [0]]]), (3,)).flatten().tolist()
+        [-3, 0, 4]
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    k = ntuple(kernel_size, offsets.shape[-1], "kernel_size")
+    benefit = torch.einsum("td,gsd->gts", tap_coordinates(k), offsets.double())
+    order = [torch.from_numpy(linear_sum_assignment(b.numpy(), maximize=True)[1]) for b in benefit]
+    return torch.stack([o[i] for o, i in zip(offsets, order, strict=True)]) if order else offsets
+
+
+def _cells_per_group(cells: int, taps: int, groups: int, generator: Generator | None) -> Tensor:
+    """Deal ``cells`` cells to ``groups`` hands of ``taps`` distinct ones, each cell ⌊·⌋ or ⌈groups·taps/cells⌉ times."""
+    rows: list[list[int]] = []
+    deck: list[int] = []
+    for _ in range(groups):
+        row = deck[:taps]
+        deck = deck[taps:]
+        if len(row) < taps:  # the deck ran out: a new one, of which this hand takes only cells that it does not hold
+            deck = torch.randperm(cells, generator=generator).tolist()
+            fresh = [c for c in deck if c not in set(row)][: taps - len(row)]
+            row = row + fresh
+            deck = [c for c in deck if c not in set(fresh)]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.int64).reshape(groups, taps)
+
+
+def _require_groups(groups: int) -> None:
+    require(isinstance(groups, int) and groups >= 1, "groups", "be a positive integer", groups)
+
+
+def partition(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """Cut the window at random into disjoint sets of k^D taps, one per group.
+
+    With ``groups`` a multiple of S^D/k^D every cell is read by the same number of groups, so that the expected ERF at
+    initialisation is that of the dense S^D kernel. Otherwise each cell is read ⌊n⌋ or ⌈n⌉ times, n = groups·k^D/S^D, which
+    is as even as can be; with n < 1 some cells are read by nobody.
+
+    Args:
+        kernel_size: taps per axis; an integer stands for all axes.
+        extent: side of the window per axis, at least ``kernel_size``.
+        groups: number of groups of input channels.
+        generator: source of randomness on the CPU; default torch's global one.
+
+    Returns:
+        int64 offsets ``(groups, taps, D)``.
+
+    Example:
+        >>> cells = partition(3, 9, groups=9, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
+        >>> len(cells), len(cells.unique(dim=0))
+        (81, 81)
+    """
+    k, s = sizes(kernel_size, extent)
+    _require_groups(groups)
+    cells = window(k, s)
+    return match_dense(cells[_cells_per_group(len(cells), math.prod(k), groups, generator)], k)
+
+
+def centered(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """Every group keeps the centre tap; the others partition the rest of the window, as `partition` does.
+
+    (S^D − 1)/(k^D − 1) groups read every cell but the centre once. With S = k it is the dense kernel.
+
+    Arguments and result as in `partition`.
+
+    Example:
+        >>> centered(3, 5, groups=3).shape
+        torch.Size([3, 9, 2])
+    """
+    k, s = sizes(kernel_size, extent)
+    _require_groups(groups)
+    cells = window(k, s)
+    centre = (cells == 0).all(dim=1)
+    rest = cells[~centre][_cells_per_group(len(cells) - 1, math.prod(k) - 1, groups, generator)]
+    return match_dense(torch.cat([cells[centre].expand(groups, 1, -1), rest], dim=1), k)
+
+
+def mixed(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """The first half of the groups keep the dense kernel, the others partition the window.
+
+    With an odd number of groups the greater half partitions. 2·S^D/k^D groups read every cell.
+
+    Arguments and result as in `partition`.
+
+    Example:
+        >>> mixed(3, 7, groups=2)[0].tolist() == dense_taps(3).tolist()
+        True
+    """
+    k, s = sizes(kernel_size, extent)
+    _require_groups(groups)
+    near = dense_taps(k).expand(groups // 2, -1, -1)
+    return torch.cat([near, partition(k, s, groups - groups // 2, generator)])
+
+
+def _draw(weights: Tensor, taps: int, groups: int, generator: Generator | None) -> Tensor:
+    """Draw ``taps`` distinct cells per group, each next one with probability proportional to its weight."""
+    noise = torch.rand(groups, len(weights), generator=generator, dtype=torch.float64)
+    # Exponential races: the order of arrival of clocks with rates `weights` is such a draw without replacement.
+    return (noise.log().neg() / weights).argsort(dim=1)[:, :taps]
+
+
+def gaussian(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """Each group draws its taps by a Gaussian of standard deviation S/4 per axis about the window's centre, no tap twice.
+
+    Groups are drawn on their own, so some cells may be read by nobody: see `coverage`. Arguments and result as in
+    `partition`.
+
+    Example:
+        >>> gaussian(3, 15, groups=4).shape
+        torch.Size([4, 9, 2])
+    """
+    k, s = sizes(kernel_size, extent)
+    _require_groups(groups)
+    z = tap_coordinates(s) / torch.tensor(s, dtype=torch.float64) * 4
+    return match_dense(window(k, s)[_draw((-z.square().sum(1) / 2).exp(), math.prod(k), groups, generator)], k)
+
+
+def random(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """Each group draws its taps uniformly from the window, no tap twice.
+
+    Groups are drawn on their own, so some cells may be read by nobody: see `coverage`. Arguments and result as in
+    `partition`.
+
+    Example:
+        >>> random(3, 15, groups=4).shape
+        torch.Size([4, 9, 2])
+    """
+    k, s = sizes(kernel_size, extent)
+    _require_groups(groups)
+    cells = window(k, s)
+    return match_dense(cells[_draw(torch.ones(len(cells)), math.prod(k), groups, generator)], k)
+
+
+def grid(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """The dilated kernel: every group reads the same grid, of the widest spacing d with d·(k − 1) + 1 ≤ S.
+
+    Nothing is drawn. A stack of these aliases: `coverage` tells. Arguments and result as in `partition`.
+
+    Example:
+        >>> grid((3,), (7,)).flatten().tolist()
+        [-3, 0, 3]
+    """
+    k, s = sizes(kernel_size, extent)
+    _require_groups(groups)
+    first = window(k, s)[0]
+    spacing = [(a - 1) // (b - 1) if b > 1 else 1 for a, b in zip(s, k, strict=True)]
+    start = [(a - 1 - d * (b - 1)) // 2 for a, b, d in zip(s, k, spacing, strict=True)]
+    axes = [[int(f) + o + d * t for t in range(b)] for f, o, d, b in zip(first, start, spacing, k, strict=True)]
+    return torch.tensor(list(itertools.product(*axes)), dtype=torch.int64).repeat(groups, 1, 1)
+
+
+NAMED: dict[str, Pattern] = {
+    "mixed": mixed,
+    "partition": partition,
+    "centered": centered,
+    "gaussian": gaussian,
+    "random": random,
+    "grid": grid,
+}
+
+
+def natural_groups(pattern: str, kernel_size: Size, extent: Size) -> int:
+    """Return the least number of groups with which ``pattern`` reads the whole window, if any does.
+
+    Example:
+        >>> natural_groups("mixed", 3, 9), natural_groups("partition", 3, 9), natural_groups("grid", 3, 9)
+        (18, 9, 1)
+    """
+    require_known(pattern, NAMED, "pattern")
+    k, s = sizes(kernel_size, extent)
+    cells, taps = math.prod(s), math.prod(k)
+    if pattern == "grid" or s == k:
+        return 1
+    if pattern == "centered":
+        return math.ceil((cells - 1) / (taps - 1)) if taps > 1 else 1
+    return math.ceil(cells / taps) * (2 if pattern == "mixed" else 1)
