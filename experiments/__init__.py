@@ -1,0 +1,1 @@
+"""Experiments that hold widerf against its rivals; one file per claim, ``python -m experiments.NAME --help``."""
