@@ -1,0 +1,252 @@
+"""Do the two roads agree? ``predict`` on one set of weights against ``measure`` averaged over redrawn weights.
+
+    python -m experiments.agreement --road measured --cache /tmp/agreement     # hours; picks up where it stopped
+    python -m experiments.agreement --road predicted --cache /tmp/agreement    # minutes
+    python -m experiments.agreement --road table
+
+Each case is measured until the standard error of std is 0.5 % (or ``--limit`` draws). Rows go to
+``docs/results/agreement.jsonl``, the table to ``docs/results/agreement.md``; measured maps stay in ``--cache``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import widerf
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+WEIGHT_DRAWS = 8  # sets of weights that predict is tried on, to show its scatter
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions with a skip; the ReLU comes after the addition, as in the paper."""
+
+    def __init__(self, channels: int, norm: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(2):
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(channels)] if norm else []
+            layers += [nn.ReLU()] if index == 0 else []
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.branch(x))
+
+
+def plain(activation: type[nn.Module], channels: int = 32, depth: int = 20) -> nn.Module:
+    """A stack of 3×3 convolutions, He-normal."""
+    layers: list[nn.Module] = []
+    for index in range(depth):
+        conv = nn.Conv2d(3 if index == 0 else channels, channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if activation is nn.ReLU else "linear")
+        layers += [conv, activation()]
+    return nn.Sequential(*layers)
+
+
+def residual(norm: bool, channels: int = 32, blocks: int = 17) -> nn.Module:
+    """The paper's ResNet of 17 blocks without downsampling."""
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.ReLU(), *(Block(channels, norm) for _ in range(blocks))
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
+def timm_model(name: str, **arguments: Any) -> Callable[[], nn.Module]:
+    """Builder of a timm model with its own initialisation."""
+
+    def build() -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model(name, **arguments)
+        return model
+
+    return build
+
+
+def convnext() -> nn.Module:
+    """ConvNeXt-atto at layer scale 1: at timm's 1e-6 its branches are silent."""
+    model = timm_model("convnext_atto")()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: int
+    training: bool
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
+
+
+def cases() -> list[Case]:
+    """All rows, cheap ones first."""
+    resnets = {n: timm_model(n, zero_init_last=False) for n in ("resnet18", "resnet50")}
+    others: dict[str, Callable[[], nn.Module]] = {
+        "mobilenetv3_large_100": timm_model("mobilenetv3_large_100"),
+        "regnety_002, no zero init": timm_model("regnety_002", zero_init_last=False),
+        "efficientnet_b0": timm_model("efficientnet_b0"),
+        "densenet121": timm_model("densenet121"),
+    }
+    rows = [
+        Case("plain 20, linear", lambda: plain(nn.Identity), 61, False),
+        Case("plain 20, ReLU", lambda: plain(nn.ReLU), 61, False),
+        Case("ResNet of 17 blocks, no BN", lambda: residual(norm=False), 97, False),
+        Case("ResNet of 17 blocks, BN in train mode", lambda: residual(norm=True), 97, True),
+        Case("convnext_atto, layer scale 1", convnext, 224, False),
+    ]
+    for training in (True, False):
+        mode = "train" if training else "eval"
+        rows += [Case(f"{n}, {mode}", b, 224, training) for n, b in (resnets | others).items()]
+    order = {"densenet121": 2, "resnet50": 1}
+    return sorted(rows, key=lambda row: order.get(row.name.split(",")[0], 0))
+
+
+def built(case: Case, seed: int) -> nn.Module:
+    """The case's model with weights drawn from ``seed``."""
+    torch.manual_seed(seed)
+    return case.build().train(case.training)
+
+
+def redraw(case: Case) -> Callable[[nn.Module, torch.Generator], None]:
+    """Re-initialise by building the model anew."""
+
+    def again(model: nn.Module, generator: torch.Generator) -> None:
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        model.load_state_dict(case.build().state_dict())
+
+    return again
+
+
+def measured(case: Case, cache: Path, rtol: float, limit: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        erf = widerf.measure(
+            built(case, 0), case.input_size, samples=limit, rtol=rtol, redraw=redraw(case),
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+    erf.save(cache / f"{case.name}.npz")
+    low, high = erf.interval("std")
+    return {
+        "std": erf.std, "low": low, "high": high, "se": erf.standard_error("std"), "draws": erf.samples,
+        "clipped": erf.clipped, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def predicted(case: Case, cache: Path) -> dict[str, Any]:
+    """Std and map correlation for the first set of weights, for all sets, and for the mean of their maps."""
+    truth_file = cache / f"{case.name}.npz"
+    if not truth_file.exists():
+        return {}
+    truth = widerf.ERF.load(truth_file)
+    stds, correlations, seconds = [], [], []
+    total = torch.zeros_like(truth.map)
+    for seed in range(WEIGHT_DRAWS):
+        model = built(case, 1000 + seed)
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=UserWarning)
+            erf = widerf.predict(model, case.input_size)
+        seconds.append(time.perf_counter() - start)
+        stds.append(erf.std)
+        correlations.append(correlation(erf.map, truth.map))
+        total += erf.map
+    mean = widerf.ERF.from_energy(total, center=truth.center, trf_size=truth.trf_size, jump=truth.jump, warn=False)
+    return {
+        "stds": stds, "correlations": correlations, "std_of_mean": mean.std,
+        "correlation_of_mean": correlation(mean.map, truth.map), "seconds": sorted(seconds)[len(seconds) // 2],
+    }  # fmt: skip
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of two maps over their pixels."""
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+
+def load(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Latest row per case and road."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["case"], row["road"]): row for row in rows}
+
+
+def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "| case | measured std (95 % interval), draws | predicted std, first weights | off | mean of "
+        f"{WEIGHT_DRAWS} weights ± sd | off | map correlation, first / mean | seconds, measured / predicted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases():
+        truth, guess = rows.get((case.name, "measured")), rows.get((case.name, "predicted"))
+        if truth is None or guess is None:
+            continue
+        first, mean = guess["stds"][0], sum(guess["stds"]) / len(guess["stds"])
+        spread = float(torch.tensor(guess["stds"]).std())
+        lines.append(
+            f"| {case.name}, {case.size}² | {truth['std']:.2f} ({truth['low']:.2f} – {truth['high']:.2f}), "
+            f"{truth['draws']} | {first:.2f} | {first / truth['std'] - 1:+.1%} | {mean:.2f} ± {spread:.2f} | "
+            f"{mean / truth['std'] - 1:+.1%} | {guess['correlations'][0]:.4f} / {guess['correlation_of_mean']:.4f} | "
+            f"{truth['seconds']:.0f} / {guess['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one road over all cases that lack it, or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--road", choices=("measured", "predicted", "table"), required=True)
+    parser.add_argument("--cache", type=Path, default=Path("build/agreement"), help="where measured maps lie")
+    parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--rtol", type=float, default=0.005)
+    parser.add_argument("--limit", type=int, default=2000)
+    parser.add_argument("--again", action="store_true", help="also where a row exists")
+    options = parser.parse_args(argv)
+    file = RESULTS / "agreement.jsonl"
+    if options.road == "table":
+        print(table(load(file)))
+        return
+    options.cache.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for case in cases():
+        done = (case.name, options.road) in load(file)
+        if options.only not in case.name or (done and not options.again):
+            continue
+        if options.road == "measured":
+            row = measured(case, options.cache, options.rtol, options.limit)
+        else:
+            row = predicted(case, options.cache)
+        if row:
+            with file.open("a") as out:
+                out.write(
+                    json.dumps({"case": case.name, "road": options.road, "threads": torch.get_num_threads(), **row})
+                    + "\n"
+                )
+            print(case.name, options.road, {k: v for k, v in row.items() if k != "correlations"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

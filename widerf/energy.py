@@ -1,0 +1,306 @@
+r"""The expected energy of a gradient, carried back through a recording: one rule per kind of operator.
+
+For y = f(x) with Jacobian J and a gradient g at y whose elements are uncorrelated and of mean zero,
+
+.. math:: E[(J^T g)_i^2] = \sum_j J_{ji}^2 \, E[g_j^2],
+
+so every rule multiplies by the *squared* Jacobian of its operator, at the recorded activations. Random weights of mean
+zero make gradients uncorrelated; where no weights lie between two operators (x·σ(x), relu(x + f(x))) they are not, and
+such element-wise operators are therefore differentiated together, as one function, before the square is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widerf.operators import axis_matrices, kind_of, reduced_dims
+from widerf.trace import Step, Tape
+
+_LARGE, _SMALL = 1e12, 1e-12  # energies are brought back to 1 when they leave this range: deep stacks would overflow
+
+
+def backpropagate(tape: Tape, energy: Tensor) -> Tensor:
+    """Carry the energy of a gradient at the map back to the input.
+
+    Args:
+        tape: the recording.
+        energy: ``(batch, channels, *spatial)``, expected squared gradient at each element of the map.
+
+    Returns:
+        ``(batch, channels, *spatial)`` of the input, expected squared gradient up to one common factor.
+
+    Raises:
+        UntreatedOperatorError: for an operator without a rule; the message names it and its module.
+    """
+    return _Pass(tape).run(energy)
+
+
+class _Pass:
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.steps = tape.needed()
+        self.producer = {out: step for step in self.steps for out in step.outputs if out is not None}
+        joints = {tape.target}
+        for step in self.steps:
+            if kind_of(step.op) != "pointwise":
+                joints.update(step.inputs.values())
+        # Between joints only element-wise operators lie: what is not a joint is differentiated within its group.
+        self.joints = joints
+
+    def run(self, energy: Tensor) -> Tensor:
+        energies: dict[int, Tensor] = {self.tape.target: energy}
+        for step in reversed(self.steps):
+            outputs = [energies.pop(out, None) if out is not None else None for out in step.outputs]
+            if all(out is None for out in outputs):
+                continue
+            kind = kind_of(step.op)
+            if kind is None:
+                raise step.untreated("predict")
+            for value, part in self._rule(step, kind, outputs):
+                energies[value] = energies[value] + part if value in energies else part
+            if kind in ("convolution", "matmul", "normalisation"):
+                _rescale(energies)
+        return energies.get(0, torch.zeros_like(self.tape.values[0]))
+
+    def _rule(self, step: Step, kind: str, outputs: list[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
+        if kind == "pointwise":
+            assert outputs[0] is not None
+            yield from self._pointwise(step, outputs[0])
+            return
+        arguments = step.arguments(self.tape.values)
+        inputs = {position: self.tape.values[value] for position, value in step.inputs.items()}
+        for position, part in _RULES[kind](step, arguments, inputs, outputs):
+            yield step.inputs[position], part
+
+    def _pointwise(self, root: Step, energy: Tensor) -> Iterator[tuple[int, Tensor]]:
+        group = self._group(root)
+        inner = {out for step in group for out in step.outputs if out is not None}
+        sources = sorted({value for step in group for value in step.inputs.values()} - inner)
+        if len(group) == 1 and _is_plain_sum(root):
+            for value in root.inputs.values():
+                yield value, energy.sum_to_size(self.tape.values[value].shape)
+            return
+        with torch.enable_grad():
+            tensors = {v: self.tape.values[v].detach().expand(energy.shape).requires_grad_() for v in sources}
+            known = dict(tensors)
+            for step in group:
+                outs = step.call({position: known[value] for position, value in step.inputs.items()})
+                known.update({value: out for value, out in zip(step.outputs, outs, strict=True) if value is not None})
+            last = known[next(out for out in root.outputs if out is not None)]
+            if not last.requires_grad:  # a step function: flat almost everywhere
+                return
+            derivatives = torch.autograd.grad(last.sum(), list(tensors.values()), allow_unused=True)
+        for value, derivative in zip(sources, derivatives, strict=True):
+            if derivative is not None:
+                yield value, (derivative.square() * energy).sum_to_size(self.tape.values[value].shape)
+
+    def _group(self, root: Step) -> list[Step]:
+        """The element-wise operators that lead to ``root`` from the nearest joints, in order."""
+        found: dict[int, Step] = {}
+        open_steps = [root]
+        while open_steps:
+            step = open_steps.pop()
+            if id(step) in found:
+                continue
+            found[id(step)] = step
+            for value in step.inputs.values():
+                maker = self.producer.get(value)
+                if value not in self.joints and maker is not None and kind_of(maker.op) == "pointwise":
+                    open_steps.append(maker)
+        if len(found) == 1:
+            return [root]
+        return [step for step in self.steps if id(step) in found]
+
+
+def _is_plain_sum(step: Step) -> bool:
+    values = list(step.inputs.values())
+    scaled = any(leaf not in (None, 1) for leaf in step.leaves[2:])
+    return step.name == "add" and not scaled and len(set(values)) == len(values)
+
+
+def _rescale(energies: dict[int, Tensor]) -> None:
+    largest = max((float(e.max()) for e in energies.values()), default=1.0)
+    if largest > 0 and not _SMALL < largest < _LARGE:
+        for value in energies:
+            energies[value] = energies[value] / largest
+
+
+# ── rules: (step, arguments, tracked inputs, energies of the outputs) → (position of a tracked leaf, its energy) ─────────
+
+Parts = Iterator[tuple[int, Tensor]]
+Rule = Callable[[Step, dict[str, Any], dict[int, Tensor], list[Tensor | None]], Parts]
+
+
+def _transposed_jacobian(step: Step, inputs: dict[int, Tensor], cotangents: list[Tensor | None]) -> dict[int, Tensor]:
+    """Jᵀ times a cotangent per output, at the recorded inputs."""
+    with torch.enable_grad():
+        tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
+        outs = step.call(tensors)
+        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], list(tensors.values()), [c.expand_as(o) for o, c in pairs], allow_unused=True
+        )
+    return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
+
+
+def _moves(step: Step, _: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
+    """Entries of J are 0 and 1, their own squares."""
+    yield from _transposed_jacobian(step, inputs, outputs).items()
+
+
+def _reduction(step: Step, _: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
+    """Each input enters one element of an output, with derivative d: d² · energy = (Jᵀ1)(Jᵀ energy)."""
+    for index, energy in enumerate(outputs):
+        if energy is None:
+            continue
+        alone: list[Tensor | None] = [None] * len(outputs)
+        alone[index] = torch.ones_like(energy)
+        slopes = _transposed_jacobian(step, inputs, alone)
+        alone[index] = energy
+        for position, part in _transposed_jacobian(step, inputs, alone).items():
+            yield position, slopes[position] * part
+
+
+def _convolution(
+    step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]
+) -> Parts:
+    (energy,) = outputs
+    assert energy is not None
+    image, weight = arguments["input"], arguments["weight"]
+    geometry = [arguments[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
+    wanted = [position in inputs for position in (0, 1, 2)]
+    parts = torch.ops.aten.convolution_backward(
+        energy, image.square() if wanted[1] else image, weight.square(), [weight.shape[0]], *geometry, wanted
+    )
+    for position in inputs:
+        yield position, parts[position]
+
+
+def _matmul(step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
+    (energy,) = outputs
+    assert energy is not None
+    if step.name not in ("mm", "bmm", "addmm", "baddbmm"):
+        raise step.untreated("predict")
+    names = {
+        "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
+    }[step.name]  # fmt: skip
+    added = len(step.name) > 3
+    left, right = (arguments[name] for name in names)
+    scale = float(arguments.get("alpha", 1)) ** 2
+    for position in inputs:
+        if added and position == 0:
+            yield position, (float(arguments["beta"]) ** 2 * energy).sum_to_size(arguments["self"].shape)
+        elif position == int(added):
+            yield position, scale * energy @ right.square().mT
+        else:
+            yield position, scale * left.square().mT @ energy
+
+
+def _pooling(step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
+    if step.name.startswith("max"):
+        yield from _moves(step, arguments, inputs, outputs)
+    else:
+        yield from _resampling(step, arguments, inputs, outputs)
+
+
+def _resampling(
+    step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]
+) -> Parts:
+    """Linear along each axis by itself: the squares of the axes' matrices."""
+    if step.name.startswith("adaptive_max"):
+        yield from _moves(step, arguments, inputs, outputs)
+        return
+    ((position, image),) = inputs.items()
+    energy = outputs[0]
+    assert energy is not None
+    rank = int("".join(c for c in step.name if c.isdigit())[0])
+    like = image.new_zeros((1, 1, *image.shape[-rank:]))
+    for axis, matrix in enumerate(axis_matrices(lambda x: step.call({0: x})[0], like, rank)):
+        dim = energy.ndim - rank + axis
+        energy = torch.tensordot(energy, matrix.square(), ([dim], [0])).movedim(-1, dim)
+    yield position, energy
+
+
+def _softmax(step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
+    """J = diag(p) − p pᵀ."""
+    ((position, scores),) = inputs.items()
+    (energy,) = outputs
+    assert energy is not None
+    dim = arguments["dim"]
+    square = scores.softmax(dim).nan_to_num(0.0).square()
+    p = square.sqrt()
+    yield position, square * ((1 - 2 * p) * energy + (square * energy).sum(dim, keepdim=True))
+
+
+def _dropout(step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
+    """Mean square of the mask: keep / keep²."""
+    (position,) = inputs
+    assert outputs[0] is not None
+    keep = 1 - float(arguments["p"]) if arguments["train"] is not False else 1.0
+    yield position, outputs[0] / keep
+
+
+def _normalisation(
+    step: Step, arguments: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]
+) -> Parts:
+    energy = outputs[0]
+    if set(inputs) != {0} or energy is None:
+        raise step.untreated("predict (scale or shift that depends on the input)")
+    x = inputs[0]
+    weight, eps = arguments.get("weight"), arguments.get("eps", arguments.get("epsilon"))
+    if "batch_norm" in step.name:
+        per_channel = (1, -1, *(1 for _ in range(x.ndim - 2)))
+        if weight is not None:
+            energy = energy * weight.square().view(per_channel)
+        if not arguments.get("training", "no_training" not in step.name):
+            yield 0, energy / (arguments["running_var"].view(per_channel) + eps)
+            return
+        yield 0, _standardised(x, energy, (0, *range(2, x.ndim)), eps)
+    elif step.name == "native_group_norm":
+        if weight is not None:
+            energy = energy * weight.square().view(1, -1, *(1 for _ in range(x.ndim - 2)))
+        grouped = (x.shape[0], arguments["group"], -1)
+        yield 0, _standardised(x.reshape(grouped), energy.reshape(grouped), (2,), eps).reshape(x.shape)
+    else:
+        if weight is not None:
+            energy = energy * weight.square()
+        dims = tuple(range(x.ndim - len(arguments["normalized_shape"]), x.ndim))
+        centred = "rms" not in step.name
+        yield 0, _standardised(x, energy, dims, torch.finfo(x.dtype).eps if eps is None else eps, centred)
+
+
+def _standardised(x: Tensor, energy: Tensor, dims: tuple[int, ...], eps: float, centred: bool = True) -> Tensor:
+    r"""Energy before x̂ = (x − mean)/std over n elements: J = (δ_ij − (1 + x̂_i x̂_j)/n)/std, each entry squared.
+
+    Without centring, as in RMSNorm, the 1 is missing.
+    """
+    n = 1
+    for dim in dims:
+        n *= x.shape[dim]
+    middle = x.mean(dims, keepdim=True) if centred else torch.zeros_like(x)
+    variance = (x - middle).square().mean(dims, keepdim=True) + eps
+    z = (x - middle) * variance.rsqrt()
+    one = 1.0 if centred else 0.0
+    sums = [(energy * z**k).sum(dims, keepdim=True) for k in (0, 1, 2)]
+    spread = (one * sums[0] + 2 * one * z * sums[1] + z.square() * sums[2]) / n**2
+    kept = energy * (1 - 2 * (one + z.square()) / n)
+    return ((kept + spread) / variance).clamp(min=0)
+
+
+_RULES: dict[str, Rule] = {
+    "moves": _moves,
+    "convolution": _convolution,
+    "matmul": _matmul,
+    "pooling": _pooling,
+    "resampling": _resampling,
+    "reduction": _reduction,
+    "normalisation": _normalisation,
+    "softmax": _softmax,
+    "dropout": _dropout,
+}
