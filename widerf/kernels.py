@@ -7,14 +7,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from widerf._checks import require
-from widerf.geometry import tap_coordinates
+from widerf.geometry import ntuple, tap_coordinates
 from widerf.profile import soft_corners, tap_profile
 
 Selector: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
@@ -61,7 +61,9 @@ class Kernel:
     cells: tuple[Cell, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        period = tuple(s // math.gcd(s, d) if self.transposed else 1 for s, d in zip(self.stride, self.dilation))
+        period = tuple(
+            s // math.gcd(s, d) if self.transposed else 1 for s, d in zip(self.stride, self.dilation, strict=True)
+        )
         phases = itertools.product(*(range(min(p, k)) for p, k in zip(period, self.kernel_size, strict=True)))
         cells = []
         for phase in phases:
@@ -90,8 +92,9 @@ class Kernel:
     def nothing_to_gain(self) -> str | None:
         """Return why no profile can widen this kernel, or ``None`` if one can."""
         if self.offsets is not None:
-            return None if self.offsets.shape[1] > 1 else "one tap per group: no periphery"
-        if max(self.kernel_size) == 1:
+            distances = self.offsets.double().square().sum(-1)
+            return None if bool((distances != distances[:, :1]).any()) else "all taps of a group lie equally far out"
+        if self.kernel_size == (1,) * self.rank:
             return "×".join(["1"] * self.rank) + " kernel: no periphery"
         if max(max(cell.size) for cell in self.cells) <= 2:
             where = "taps per output phase" if self.transposed else "kernel"
@@ -118,33 +121,53 @@ class Kernel:
         return whole
 
     def energies(self, weight: Tensor) -> Tensor:
-        """Return Σ w² on each tap, float64 on the CPU, in the layout of :meth:`shape`; ``weight`` in the layout of a Conv."""
-        squares = weight.detach().abs().square() if weight.is_complex() else weight.detach().square()
-        if squares.dtype in (torch.float16, torch.bfloat16):
-            squares = weight.detach().float().square()
+        """Return Σ w² on each tap as float64 on the CPU, in the layout of :meth:`shape`.
+
+        Args:
+            weight: (out, in/groups, *kernel_size), or (in, out/groups, *kernel_size) if transposed, or more leading axes.
+        """
+        weight = weight.detach()
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight = weight.float()
+        squares = weight.abs().square() if weight.is_complex() else weight.square()
         if self.offsets is None:
             return squares.sum(dim=tuple(range(squares.ndim - self.rank)), dtype=torch.float64).cpu()
-        per_channel = squares.flatten(2).sum(dim=0, dtype=torch.float64).cpu()
-        raise NotImplementedError(str(per_channel.shape))
+        rows = self._pattern_rows()
+        per_channel = squares.view(rows.shape[0], -1, rows.shape[1], math.prod(self.kernel_size)).sum(
+            1, dtype=torch.float64
+        )
+        total = torch.zeros(self.offsets.shape[:2], dtype=torch.float64)
+        return total.index_add_(0, rows.flatten(), per_channel.flatten(0, 1).cpu())
 
-    def broadcast(self, factors: Tensor) -> Tensor:
-        """Return per-tap factors in a shape that multiplies the weight."""
-        return factors
+    def scale_(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """Multiply each tap of ``weight`` by its factor (laid out as :meth:`shape`), in place; return ``weight``."""
+        if self.offsets is None:
+            return weight.mul_(factors.to(weight))
+        rows = self._pattern_rows()
+        grouped = weight.view(rows.shape[0], -1, rows.shape[1], math.prod(self.kernel_size))
+        grouped.mul_(factors[rows].unsqueeze(1).to(weight))
+        return weight
+
+    def _pattern_rows(self) -> Tensor:
+        """Return which row of ``offsets`` each input channel has, (groups, in/groups): equal runs of channels."""
+        assert self.offsets is not None
+        channels, groups = int(self.module.in_channels), int(self.module.groups)  # type: ignore[arg-type]
+        return (torch.arange(channels) * len(self.offsets) // channels).view(groups, channels // groups)
 
     def std(self, energies: Tensor) -> float:
         """Return the std of the taps' energy in input pixels of the layer: root of the mean of the axis variances.
 
-        A transposed kernel gives the mean over its output phases of equal weight.
+        Transposed kernels: root of the mean over output phases. NaN if there is no energy.
         """
+        places = [(tap_coordinates(cell.size), energies[cell.where].flatten()) for cell in self.cells]
+        if self.offsets is not None:
+            places = [(self.offsets.flatten(0, 1).double().cpu(), energies.flatten())]
         variances = []
-        for cell in self.cells:
-            share = energies[cell.where].reshape(-1, 1)
-            if float(share.sum()) <= 0:
-                return math.nan
-            share = share / share.sum()
-            places = tap_coordinates(cell.size) * torch.tensor(self.spacing, dtype=torch.float64)
-            mean = (share * places).sum(dim=0)
-            variances.append((share * (places - mean) ** 2).sum() / self.rank)
+        for coordinates, energy in places:
+            share = (energy / energy.sum()).unsqueeze(1)
+            coordinates = coordinates * torch.tensor(self.spacing, dtype=torch.float64)
+            mean = (share * coordinates).sum(dim=0)
+            variances.append((share * (coordinates - mean) ** 2).sum() / self.rank)
         return math.sqrt(float(torch.stack(variances).mean()))
 
     def std_range(self) -> tuple[float, float]:
@@ -152,23 +175,27 @@ class Kernel:
         return self.std(self.shape(0.0)), self.std(self.shape(1.0))
 
 
+def _kernel(name: str, module: Any) -> Kernel:
+    rank = len(module.kernel_size)
+    offsets = getattr(module, "offsets", None)
+    return Kernel(
+        name,
+        module,
+        kernel_size=tuple(module.kernel_size),
+        stride=ntuple(module.stride, rank, "stride"),
+        dilation=ntuple(module.dilation, rank, "dilation"),
+        transposed=isinstance(module, _ConvTransposeNd),
+        offsets=offsets if isinstance(offsets, Tensor) and not offsets.is_floating_point() else None,
+    )
+
+
 def find_kernels(model: nn.Module) -> list[Kernel]:
     """Return every convolution of ``model`` in the order of its modules, each module once."""
     require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
     kernels = []
     for name, module in model.named_modules():
-        if isinstance(module, _ConvNd):
-            size = tuple(module.kernel_size)
-            kernels.append(
-                Kernel(
-                    name,
-                    module,
-                    kernel_size=size,
-                    stride=tuple(module.stride),
-                    dilation=tuple(module.dilation),
-                    transposed=isinstance(module, _ConvTransposeNd),
-                )
-            )
+        if isinstance(module, _ConvNd) or any(cls.__name__ == "CondConv2d" for cls in type(module).__mro__):
+            kernels.append(_kernel(name, module))
     return kernels
 
 

@@ -119,8 +119,9 @@ def _solve(programme: _Programme) -> Array:
     return energies
 
 
-def _check_strength(strength: float) -> float:
-    real = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
+def check_strength(strength: float) -> float:
+    """Return ``strength`` as a float, or raise what says that it must be in [0, 1]."""
+    real = isinstance(strength, numbers.Real | np.number) and not isinstance(strength, bool)  # type: ignore[redundant-expr]
     require(real, "strength", "be a number", strength, TypeError)
     require(0.0 <= strength <= 1.0, "strength", "be in [0, 1]", strength)
     return float(strength)
@@ -185,7 +186,7 @@ def soft_corners(kernel_size: Sequence[int], strength: float) -> Tensor:
         >>> [round(36 * float(profile[tap]), 6) for tap in [(0, 0), (0, 1), (1, 1)]]
         [6.25, 2.5, 1.0]
     """
-    size, strength = _check_kernel_size(kernel_size), _check_strength(strength)
+    size, strength = _check_kernel_size(kernel_size), check_strength(strength)
     profile = torch.ones((), dtype=torch.float64)
     for taps in size:
         profile = profile.unsqueeze(-1) * torch.tensor(_axis_profile(taps, strength), dtype=torch.float64)
@@ -210,7 +211,7 @@ def tap_profile(offsets: Tensor, strength: float) -> Tensor:
         >>> tap_profile(torch.tensor([[[-3], [0], [1]]]), 1.0).tolist()
         [[1.0, 0.0, 0.0]]
     """
-    strength = _check_strength(strength)
+    strength = check_strength(strength)
     require(offsets.ndim == 3, "offsets", "have shape (groups, taps, D)", tuple(offsets.shape))
     groups, taps, _ = offsets.shape
     coordinates = offsets.detach().to("cpu", torch.float64).numpy()
