@@ -49,7 +49,7 @@ class MapSite:
 
     def lay(self, output: Any) -> Tensor:
         """Return the map ``(batch, channels, *spatial)`` out of what the module returned, without copying."""
-        tensor = list(_tensors(output))[self.position]
+        tensor = list(tensors_in(output))[self.position]
         if self.layout == "channels_first":
             return tensor
         if self.layout == "tokens":
@@ -182,7 +182,7 @@ def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int
 
     def hook(module: nn.Module, _: Any, output: Any) -> None:
         name = names[module]
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         keep.extend(tensors)
         index = counts[name] = counts.get(name, -1) + 1
         site = reader.site(name, module, index, tensors)
@@ -265,12 +265,13 @@ class _Reader:
             yield tuple(-(-n // jump) for n in self.input_shape)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples, lists and dicts in order."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from widerf._checks import require
 from widerf.erf import ERF
-from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
+from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer, tensors_in
 from widerf.receptive import from_tape
 from widerf.sandbox import untouched
 from widerf.trace import UntreatedOperatorError, record
@@ -55,7 +55,7 @@ def measure(
         unit: index on that map, by default the centre one; a list of indices gives the field of all of them together,
             the sum of their energies.
         inputs: real images: a tensor ``(n, *input_size)``, or an iterable (``DataLoader``) of batches or single
-            images, or of tuples that begin with them. By default N(0, 1).
+            images, or of tuples or dicts that begin with them. By default N(0, 1).
         samples: draws at most. A draw is one image; with ``redraw``, one set of weights.
         rtol: stop as soon as the standard error of ``std`` is below ``rtol · std``.
         redraw: called as ``redraw(model, generator)`` before each draw to re-initialise the weights in place: the
@@ -85,6 +85,9 @@ def measure(
     require(isinstance(samples, int) and samples > 0, "samples", "be a positive integer", samples)
     require(rtol is None or rtol > 0, "rtol", "be positive", rtol)
     require(batch_size is None or batch_size > 0, "batch_size", "be positive", batch_size)
+    require(redraw is None or callable(redraw), "redraw", "be callable", redraw, TypeError)
+    known = generator is None or isinstance(generator, torch.Generator)
+    require(known, "generator", "be a torch.Generator", generator, TypeError)
     site = spatial_layer(model, input_size, layer)
     units = _units(unit, site.spatial_shape)
     generator = torch.Generator().manual_seed(_SEED) if generator is None else generator
@@ -165,15 +168,16 @@ class _Images:
         return taken
 
     def _images(self, batch: Any) -> Tensor:
-        if isinstance(batch, list | tuple) and batch:
-            batch = batch[0]
-        require(isinstance(batch, Tensor), "inputs", "yield tensors", type(batch).__name__, TypeError)
-        images: Tensor = batch[None] if batch.ndim == len(self.size) else batch
+        first = next(tensors_in(batch), None)
+        require(first is not None, "inputs", "yield tensors", type(batch).__name__, TypeError)
+        assert first is not None
+        images = first[None] if first.ndim == len(self.size) else first
         require(images.is_floating_point(), "inputs", "hold floating-point images", images.dtype, TypeError)
         shape = tuple(images.shape)
         require(
             shape[1:] == self.size, "inputs", f"have the shape of input_size {self.size} after the batch axis", shape
         )
+        require(bool(images.isfinite().all()), "inputs", "be finite", "NaN or infinity")
         return images.to(self.like.device, self.like.dtype)
 
 
