@@ -144,7 +144,11 @@ def _transposed_jacobian(step: Step, inputs: dict[int, Tensor], cotangents: list
         if not pairs:
             return {}
         found = torch.autograd.grad(
-            [o for o, _ in pairs], list(tensors.values()), [c.expand_as(o) for o, c in pairs], allow_unused=True
+            [o for o, _ in pairs],
+            list(tensors.values()),
+            [c.expand_as(o) for o, c in pairs],
+            allow_unused=True,
+            create_graph=any(c.requires_grad for _, c in pairs),  # the pass itself may be differentiated
         )
     return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
 
