@@ -81,7 +81,7 @@ def _continued(values: list[float], length: int) -> list[float]:
 
 
 def maps(verdict: Verdict) -> Figure:
-    """Draw the ERF of every arm before (first row) and after training (second row), the mean over seeds, at one scale."""
+    """Draw the ERF of every arm before (first row) and after training (second row), mean over seeds, at one scale."""
     shown = {
         f"{arm}, {when}": _mean_erf([record[f"erf_{when}"] for record in verdict.of(arm)])
         for when in ("before", "after")

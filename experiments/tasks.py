@@ -148,7 +148,7 @@ def cifar10(data_dir: Path | None) -> Task:
     """Build the CIFAR-10 task: six 3×3 layers with batch normalisation, three scales, global average pooling."""
     images = data.cifar10(data_dir)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(_VALIDATION_SEED))
-    held_out, kept = order[:2000], order[2000:]
+    held_out, kept = order[:1000], order[1000:]
 
     def network(conv: Conv) -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -171,9 +171,9 @@ def cifar10(data_dir: Path | None) -> Task:
         test=(data.to_float(images.test), images.test_labels),
         erf_size=(3, 32, 32),
         erf_inputs=validation[0][:64],
-        target=0.55,
-        steps=1500,
-        every=50,
+        target=0.45,
+        steps=600,
+        every=25,
         stop_at_target=False,
         lr=2e-3,
     )

@@ -56,7 +56,7 @@ def train(net: nn.Module, task: Task, seed: int, device: torch.device) -> Curve:
         schedule.step()
         if step % task.every == 0 or step == task.steps:
             curve.steps.append(step)
-            curve.loss.append(float(loss))
+            curve.loss.append(loss.item())
             curve.accuracy.append(accuracy(net, *task.validation, device))
             if curve.steps_to_target is None and curve.accuracy[-1] >= task.target:
                 curve.steps_to_target = step
