@@ -123,7 +123,7 @@ def _is_plain_sum(step: Step) -> bool:
 
 
 def _rescale(energies: dict[int, Tensor]) -> None:
-    largest = max((float(e.max()) for e in energies.values()), default=1.0)
+    largest = max((float(e.detach().max()) for e in energies.values()), default=1.0)
     if largest > 0 and not _SMALL < largest < _LARGE:
         for value in energies:
             energies[value] = energies[value] / largest

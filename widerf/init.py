@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,9 +22,12 @@ from widerf.advice import undone, warnings_of
 from widerf.draws import Base, check_base
 from widerf.geometry import ntuple
 from widerf.kernels import Kernel, Selector, find_kernels, select
+from widerf.network import Place, border_loss, chain_energy, find_places
 from widerf.profile import check_strength
 from widerf.report import Report
 from widerf.rescale import LayerChange, Step, execute, factors_for, plan
+from widerf.sandbox import untouched
+from widerf.target import Shapes, shapes_for
 from widerf.weights import Backup
 
 
@@ -33,12 +37,14 @@ class InitReport(Report[LayerChange]):
 
     Attributes:
         gain: predicted std of the network's ERF, after over before (with ``input_size``).
+        erf_std: those two, in input pixels.
         signal_kept: what zero padding leaves of the signal energy at the end of the widened layers if they follow each
             other in one chain, after over before (with ``input_size``).
         dry_run: whether the model was left as it was.
     """
 
     gain: float | None = None
+    erf_std: tuple[float, float] | None = None
     signal_kept: float | None = None
     dry_run: bool = False
     columns: ClassVar[Mapping[str, str | Callable[[Any], object]]] = {
@@ -59,7 +65,8 @@ class InitReport(Report[LayerChange]):
         would = "would be widened (dry run)" if self.dry_run else "widened"
         said = [f"{changed} of {len(self.rows)} convolutions {would}"]
         if self.gain is not None:
-            said.append(f"predicted ERF std of the network: ×{self.gain:.3f}")
+            pixels = " to ".join(f"{std:.2f}" for std in self.erf_std or ())
+            said.append(f"predicted ERF std of the network: ×{self.gain:.3f} ({pixels} pixels)")
         if self.signal_kept is not None:
             said.append(f"signal energy after zero padding, if the layers follow each other: ×{self.signal_kept:.2f}")
         return said
@@ -76,27 +83,43 @@ def apply(
     input_size: tuple[int, ...] | None = None,
     generator: Generator | None = None,
     dry_run: bool = False,
+    cap: float = 1.0,
 ) -> InitReport:
     """Widen the effective receptive field of ``model`` in place by re-weighting the taps of its convolutions.
+
+    Each kernel gets the profile nearest to uniform with the wanted variance (:func:`widerf.profile.soft_corners`), and keeps
+    its Σ w². 1×1 kernels, kernels of two taps and patchify layers (stride ≥ kernel) have nothing to gain. Transposed layers
+    are widened per output phase, and each phase keeps its energy.
+
+    *Calling it again* does not add up: strength is a state, not a step. If a weight is still what an earlier call made it, the
+    new strength replaces the old one, and 0 takes it back. If it was changed since (trained, loaded, drawn anew), what is
+    there is widened, and the report warns.
+
+    *Zero padding* takes more signal than before, since more energy lies on the outer taps; the report tells how much.
 
     Args:
         model: any module that holds convolutions.
         strength: 0 leaves every kernel as it is, 1 puts all energy on the corner taps; the variance is linear in between.
-        target: wanted ratio of the network's ERF std to today's, instead of ``strength``; needs ``input_size``.
+        target: wanted ratio of the network's predicted ERF std to today's, instead of ``strength``: strengths by least total
+            KL (:func:`widerf.profile.allocate`). Needs ``input_size``.
         base: ``None`` rescales the weights that are there; a name ("kaiming_normal", "kaiming_uniform", "xavier_normal",
-            "xavier_uniform", "orthogonal") or a callable draws them anew first, in every selected convolution.
-        only: name patterns or module classes; nothing else is touched.
+            "xavier_uniform", "orthogonal") or a callable draws them anew first, in every selected convolution, 1×1 included.
+            Fans are those of the layer, also for grouped and transposed ones; a callable gets the weight tensor.
+        only: name patterns or module classes; nothing else is touched. Frozen layers that it names are changed too.
         skip: name patterns or module classes that are left alone.
-        input_size: (channels, *spatial) of one input; with it the report knows jumps and the network's gain.
-        generator: source of the draws of ``base``; the global one is left alone then.
-        dry_run: report only.
+        input_size: (channels, *spatial) of one input; with it the report knows jumps, border losses and the network's gain.
+        generator: source of the draws of ``base``; the global one is left alone then. Without ``base`` nothing is drawn.
+        dry_run: report only; the model stays as it is, and may be lazy or on the meta device.
+        cap: largest strength that ``target`` may give a layer.
 
     Returns:
-        what was done to each convolution, and why not.
+        what was done to each convolution, and why not, with warnings.
 
     Raises:
-        ValueError: if the model has no convolution, ``strength`` is outside [0, 1], a pattern matches nothing, or a layer
-            that should change holds no values yet; then nothing has been changed.
+        TypeError: if an argument has the wrong type.
+        ValueError: if the model has no convolution, ``strength`` is outside [0, 1], a pattern matches nothing, ``target`` is
+            beyond what the network can have (the message names that), or a layer that should change is lazy or on the meta
+            device and has no values yet. Then nothing has been changed.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
@@ -109,32 +132,89 @@ def apply(
     require(bool(kernels), "model", "hold at least one convolution", type(model).__name__)
     chosen = {kernel.name for kernel in kernels} if only is None else select(kernels, model, only, "only")
     chosen -= set() if skip is None else select(kernels, model, skip, "skip")
-    shapes = _equal(strength)
-    if target is not None:
-        shapes = _allocated(model, kernels, chosen, target, input_size)
+    require(target is None or input_size is not None, "input_size", "be given together with target", input_size)
+    shapes: Shapes = lambda kernel: (kernel.shape(strength), strength)  # noqa: E731
+    if target is not None and input_size is not None:
+        shapes = shapes_for(model, kernels, chosen, target, input_size, cap)
     steps = plan(kernels, chosen, only is not None, shapes, base)
     for step in steps:
         holds = "hold values in every layer that is to change"
         require(step.refusal is None or dry_run, "model", holds, f"{step.kernel.name} ({step.refusal})")
+    places = {} if input_size is None else find_places(model, input_size, kernels)
+    before, problem = _std(model, input_size)
+    after = None
+    if dry_run and before is not None:
+        with untouched(model), _kept(generator):
+            _change(steps, base, generator, dry_run=False)
+            after, problem = _std(model, input_size)
     rows = _change(steps, base, generator, dry_run)
-    notes = undone(model, kernels)
-    rows = [
-        dataclasses.replace(row, verdict=f"{row.verdict}, {notes[row.name]}")
-        if row.widened and row.name in notes
-        else row
-        for row in rows
-    ]
-    return InitReport(tuple(rows), tuple(warnings_of(model, steps, rows)), dry_run=dry_run)
+    if not dry_run and before is not None:
+        after, problem = _std(model, input_size)
+    rows = _told(rows, steps, places, undone(model, kernels))
+    notes = [*warnings_of(model, steps, rows), *([problem] if problem else [])]
+    gain = after / before if before and after else None
+    return InitReport(
+        tuple(rows), tuple(notes), gain=gain, signal_kept=_signal_kept(steps, rows, places), dry_run=dry_run
+    )
 
 
-def _equal(strength: float) -> Callable[[Kernel], tuple[Tensor, float]]:
-    return lambda kernel: (kernel.shape(strength), strength)
+def _std(model: nn.Module, input_size: Sequence[int] | None) -> tuple[float | None, str]:
+    """Return the predicted std of the network's ERF, or ``None`` and why there is none."""
+    if input_size is None:
+        return None, ""
+    from widerf.prediction import predict
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            std = float(predict(model, input_size).std)
+        except (NotImplementedError, ValueError) as error:
+            return None, f"the gain cannot be predicted: {error}"
+    clipped = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    return std, (f"the gain is understated: {clipped[0]}" if clipped else "")
 
 
-def _allocated(
-    model: nn.Module, kernels: Sequence[Kernel], chosen: set[str], target: float, input_size: Sequence[int] | None
-) -> Callable[[Kernel], tuple[Tensor, float]]:
-    raise NotImplementedError("target")
+@contextmanager
+def _kept(generator: Generator | None) -> Iterator[None]:
+    state = None if generator is None else generator.get_state()
+    try:
+        yield
+    finally:
+        if generator is not None and state is not None:
+            generator.set_state(state)
+
+
+def _told(
+    rows: Sequence[LayerChange], steps: Sequence[Step], places: Mapping[str, Place], notes: Mapping[str, str]
+) -> list[LayerChange]:
+    """Return the rows with what the network tells about each layer."""
+    told = []
+    for row, step in zip(rows, steps, strict=True):
+        place = places.get(row.name)
+        if place is not None:
+            row = dataclasses.replace(row, jump=place.jump)
+        if row.widened and row.name in notes:
+            row = dataclasses.replace(row, verdict=f"{row.verdict}, {notes[row.name]}")
+        if row.widened and place is not None and step.shape is not None:
+            before = border_loss(step.kernel, place, torch.ones_like(step.shape))
+            row = dataclasses.replace(
+                row, border_before=before, border_after=border_loss(step.kernel, place, step.shape)
+            )
+        told.append(row)
+    return told
+
+
+def _signal_kept(steps: Sequence[Step], rows: Sequence[LayerChange], places: Mapping[str, Place]) -> float | None:
+    """Return what zero padding leaves after a chain of the widened layers, after over before."""
+    shapes = {step.kernel.name: step for step, row in zip(steps, rows, strict=True) if row.border_after is not None}
+    chain = [(shapes[name], place) for name, place in places.items() if name in shapes]
+    chain = [(step, place) for step, place in chain if step.kernel.rank == chain[0][0].kernel.rank]
+    if not chain:
+        return None
+    after = [(step.kernel, place, step.shape) for step, place in chain if step.shape is not None]
+    return chain_energy(after) / chain_energy(
+        [(kernel, place, torch.ones_like(shape)) for kernel, place, shape in after]
+    )
 
 
 def _change(steps: Sequence[Step], base: Base, generator: Generator | None, dry_run: bool) -> list[LayerChange]:

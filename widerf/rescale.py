@@ -83,7 +83,11 @@ class Step:
 
 
 def plan(
-    kernels: list[Kernel], chosen: set[str], named: bool, shapes: Callable[[Kernel], tuple[Tensor, float]], base: Base
+    kernels: list[Kernel],
+    chosen: set[str],
+    named: bool,
+    shapes: Callable[[Kernel], tuple[Tensor, float] | str],
+    base: Base,
 ) -> list[Step]:
     """Return what to do with each layer; nothing is changed yet.
 
@@ -91,7 +95,7 @@ def plan(
         kernels: all convolutions of the model.
         chosen: names of those that may be changed.
         named: whether the user named them: only then are frozen layers among them changed.
-        shapes: gives the wanted relative energies and the strength of a kernel.
+        shapes: gives the wanted relative energies and the strength of a kernel, or why it is left alone.
         base: ``None`` or what draws the weights.
     """
     steps, owners = [], dict[object, str]()
@@ -113,8 +117,11 @@ def plan(
         elif reason is not None:
             step.verdict, step.drawn = reason, base is not None
         else:
-            step.shape, step.strength = shapes(kernel)
-            step.verdict, step.drawn = "widened", base is not None
+            step.drawn, wanted = base is not None, shapes(kernel)
+            if isinstance(wanted, str):
+                step.verdict = wanted
+            else:
+                (step.shape, step.strength), step.verdict = wanted, "widened"
     return steps
 
 
