@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [group][tap][axis]
 BLOCK_BYTES = 2**23  # columns built at a time on the CPU: about what the last cache holds
+ARENA_BYTES = 2**24
 NATIVE_CHANNELS = 16  # a grid of fewer channels is no faster in PyTorch's own convolution than as columns
 _scratch = threading.local()
 
@@ -48,9 +49,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every connection of one layer lands: all that the computation needs beside the tensors."""
+    """Where every connection of one piece lands: all that the computation needs beside the tensors."""
 
-    pieces: tuple[Piece, ...]
+    piece: Piece
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     before: tuple[int, ...]  # pixels added before the image, per axis
@@ -58,6 +59,17 @@ class Plan:
     first: tuple[int, ...]  # index in the extended image of offset 0 for output 0
     dilation: tuple[int, ...]
     groups: int
+    blocks: dict[Any, Block] = field(default_factory=dict, compare=False, repr=False)  # filled in as shapes turn up
+
+
+class Block(NamedTuple):
+    """Work space for a few samples, and the views of it that a layer needs, tap by tap."""
+
+    wide: Tensor  # (samples, channels, *extended): the image and its zero border
+    inside: Tensor  # the view of `wide` that is the image
+    reads: list[Tensor]  # views of `wide`, what each tap of each run reads: (samples, repeats, channels, *size)
+    columns: Tensor  # (samples, channels·taps, pixels)
+    slots: list[Tensor]  # views of `columns`, where what was read is put
 
 
 def _grid(taps: tuple[tuple[int, ...], ...], kernel_size: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
@@ -90,14 +102,14 @@ def _pieces(taps: Taps, channels: int, kernel_size: tuple[int, ...], groups: int
     """Give grids to PyTorch's own convolution where that pays, all else to columns."""
     runs, repeats = _runs(taps, channels)
     if len(runs) == 1 and (grid := _grid(runs[0].taps, kernel_size)):
-        return (Piece(channels, (), 1, *grid),)
+        return (Piece(channels, tuple(runs), 1, *grid),)
     if groups > 1 or repeats > 1:
         return (Piece(channels, tuple(runs), repeats),)
     pieces: list[Piece] = []
     for run in runs:
         width = run.stop - run.start
         if width >= NATIVE_CHANNELS and (grid := _grid(run.taps, kernel_size)):
-            pieces.append(Piece(width, (), 1, *grid))
+            pieces.append(Piece(width, (run,), 1, *grid))
             continue
         last = pieces.pop() if pieces and pieces[-1].corner is None else Piece(0, ())
         moved = Run(last.channels, last.channels + width, run.taps)
@@ -105,7 +117,22 @@ def _pieces(taps: Taps, channels: int, kernel_size: tuple[int, ...], groups: int
     return tuple(pieces)
 
 
-def make_plan(
+def reach(
+    offsets: Sequence[tuple[int, ...]],
+    kernel_size: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how many pixels before and after the image the taps read, per axis."""
+    before, after = [], []
+    for axis, (k, d, (low, high)) in enumerate(zip(kernel_size, dilation, padding, strict=True)):
+        along, h = [o[axis] for o in offsets], (k - 1) // 2
+        before.append(max(0, low - d * (h + min(along))))
+        after.append(max(0, high + d * (max(along) - (k - 1 - h))))
+    return tuple(before), tuple(after)
+
+
+def make_plans(
     taps: Taps,
     channels: int,
     kernel_size: tuple[int, ...],
@@ -113,17 +140,16 @@ def make_plan(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
     groups: int,
-) -> Plan:
-    """Lay out one layer; ``padding`` holds (before, after) per axis, as of the plain convolution."""
-    before, after, first = [], [], []
-    for axis, (k, d, (low, high)) in enumerate(zip(kernel_size, dilation, padding, strict=True)):
-        offsets = [tap[axis] for group in taps for tap in group]
-        h = (k - 1) // 2
-        before.append(max(0, low - d * (h + min(offsets))))
-        after.append(max(0, high + d * (max(offsets) - (k - 1 - h))))
-        first.append(before[-1] - low + d * h)
-    pieces = _pieces(taps, channels, kernel_size, groups)
-    return Plan(pieces, kernel_size, stride, tuple(before), tuple(after), tuple(first), dilation, groups)
+) -> tuple[Plan, ...]:
+    """Lay out one layer, piece by piece; ``padding`` holds (before, after) per axis, as of the plain convolution."""
+    plans = []
+    for piece in _pieces(taps, channels, kernel_size, groups):
+        offsets = [tap for run in piece.runs for tap in run.taps]
+        before, after = reach(offsets, kernel_size, padding, dilation)
+        origin = zip(before, padding, dilation, kernel_size, strict=True)
+        first = tuple(b - low + d * ((k - 1) // 2) for b, (low, _), d, k in origin)
+        plans.append(Plan(piece, kernel_size, stride, before, after, first, dilation, groups))
+    return tuple(plans)
 
 
 def _slices(plan: Plan, size: Sequence[int], tap: Sequence[int], spacing: Sequence[int] | None = None) -> Any:
@@ -135,20 +161,23 @@ def _slices(plan: Plan, size: Sequence[int], tap: Sequence[int], spacing: Sequen
     if spacing is None:
         return tuple(slice(a, a + s * (n - 1) + 1, s) for a, s, n in zip(starts, plan.stride, size, strict=True))
     reach = [d * g * (k - 1) for d, g, k in zip(plan.dilation, spacing, plan.kernel_size, strict=True)]
-    return tuple(
-        slice(a, a + s * (n - 1) + r + 1) for a, s, n, r in zip(starts, plan.stride, size, reach, strict=True)
-    )
+    return tuple(slice(a, a + s * (n - 1) + r + 1) for a, s, n, r in zip(starts, plan.stride, size, reach, strict=True))
 
 
 def _by_repeat(x: Tensor, piece: Piece) -> Tensor:
     return x.unflatten(1, (piece.repeats, x.shape[1] // piece.repeats))
 
 
+def _pad(x: Tensor, plan: Plan) -> Tensor:
+    pairs = zip(reversed(plan.before), reversed(plan.after), strict=True)
+    return F.pad(x, [p for pair in pairs for p in pair])
+
+
 def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     """Convolve by columns through ordinary differentiable operators: for compilers, exporters and transforms.
 
     Args:
-        x: extended image, (batch, channels, *extended).
+        x: image, (batch, channels, *spatial).
         weight: (out, channels/groups, *kernel).
         plan: the layout; of one piece.
         size: spatial output size.
@@ -156,11 +185,11 @@ def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     Returns:
         (batch, out, *size)
     """
-    parts = _by_repeat(x, plan.pieces[0])
+    parts = _by_repeat(_pad(x, plan), plan.piece)
     columns = torch.cat(
         [
             torch.stack([parts[:, :, run.start : run.stop][(..., *_slices(plan, size, t))] for t in run.taps], dim=3)
-            for run in plan.pieces[0].runs
+            for run in plan.piece.runs
         ],
         dim=2,
     )  # (batch, repeats, channels/repeats, taps, *size)
@@ -169,44 +198,74 @@ def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     return out.unflatten(2, tuple(size))
 
 
-def _fill(columns: Tensor, x: Tensor, plan: Plan, size: Sequence[int]) -> None:
-    """Write the columns of ``x``: columns (batch, channels·taps, pixels)."""
-    parts = _by_repeat(x, plan.pieces[0])
-    into = columns.view(x.shape[0], plan.pieces[0].repeats, parts.shape[2], -1, *size)
-    for run in plan.pieces[0].runs:
-        for t, tap in enumerate(run.taps):
-            into[:, :, run.start : run.stop, t] = parts[:, :, run.start : run.stop][(..., *_slices(plan, size, tap))]
+def _arena(needed: int) -> Tensor:
+    """Return this thread's work space, always the same: fresh pages would cost as much as filling them."""
+    held: Tensor | None = getattr(_scratch, "arena", None)
+    if held is None:
+        held = _scratch.arena = torch.empty(ARENA_BYTES, dtype=torch.uint8)
+    return held[:needed]
 
 
-def _scatter(x: Tensor, columns: Tensor, plan: Plan, size: Sequence[int]) -> None:
-    """Add the columns back to the pixels that they came from: the transpose of `_fill`."""
-    parts = _by_repeat(x, plan.pieces[0])
-    out_of = columns.view(x.shape[0], plan.pieces[0].repeats, parts.shape[2], -1, *size)
-    for run in plan.pieces[0].runs:
-        for t, tap in enumerate(run.taps):
-            parts[:, :, run.start : run.stop][(..., *_slices(plan, size, tap))] += out_of[:, :, run.start : run.stop, t]
+def _make_block(plan: Plan, samples: int, shape: Sequence[int], size: Sequence[int], like: Tensor, keep: bool) -> Block:
+    piece = plan.piece
+    extended = [a + n + b for a, n, b in zip(plan.before, shape[1:], plan.after, strict=True)]
+    count = samples * shape[0] * math.prod(extended)
+    total = count + samples * shape[0] * math.prod(plan.kernel_size) * math.prod(size)
+    memory = _arena(total * like.element_size()).view(like.dtype) if keep else like.new_empty(total)
+    wide = memory[:count].view(samples, shape[0], *extended)
+    inside = wide[(..., *(slice(a, a + n) for a, n in zip(plan.before, shape[1:], strict=True)))]
+    parts = _by_repeat(wide, piece)
+    columns = memory[count:].view(samples, -1, math.prod(size))
+    into = columns.view(samples, piece.repeats, parts.shape[2], -1, *size)
+    taps = [(slice(run.start, run.stop), t, tap) for run in piece.runs for t, tap in enumerate(run.taps)]
+    reads = [parts[:, :, run][(..., *_slices(plan, size, tap))] for run, _, tap in taps]
+    return Block(wide, inside, reads, columns, [into[:, :, run, t] for run, t, _ in taps])
 
 
-def _buffer(x: Tensor, count: int, rows: int, pixels: int) -> Tensor:
-    """Return memory for columns; on the CPU the same one again, since fresh pages cost as much as filling them."""
-    if x.device.type != "cpu" or type(x) is not Tensor:
-        return x.new_empty(count, rows, pixels)
-    needed = count * rows * pixels * x.element_size()
-    held: Tensor | None = getattr(_scratch, "bytes", None)
-    if held is None or held.numel() < needed:
-        with torch.inference_mode(False):
-            held = torch.empty(needed, dtype=torch.uint8)
-        if needed <= 2 * BLOCK_BYTES:
-            _scratch.bytes = held
-    return held[:needed].view(x.dtype).view(count, rows, pixels)
+def _blocks(plan: Plan, x_shape: Sequence[int], size: Sequence[int], like: Tensor) -> Iterator[tuple[slice, Block]]:
+    """Yield which samples to take at a time, and the work space for them.
+
+    On the CPU the views are kept with the plan: cutting them takes Python longer than a small network takes to run.
+    """
+    batch, *shape = x_shape
+    extended = math.prod(a + n + b for a, n, b in zip(plan.before, shape[1:], plan.after, strict=True))
+    each = shape[0] * (extended + math.prod(plan.kernel_size) * math.prod(size)) * like.element_size()
+    cpu = like.device.type == "cpu" and type(like) is Tensor
+    most = max(1, (BLOCK_BYTES if cpu else 32 * BLOCK_BYTES) // max(1, each))
+    count = math.ceil(batch / math.ceil(batch / most)) if batch else 1
+    for start in range(0, batch, count):
+        samples = min(count, batch - start)
+        key = (threading.get_ident(), samples, *shape, *size, like.dtype)
+        block = plan.blocks.get(key)
+        if block is None:
+            keep = cpu and samples * each <= ARENA_BYTES
+            with torch.inference_mode(False), torch.no_grad():
+                block = _make_block(plan, samples, shape, size, like, keep)
+            if keep:
+                while len(plan.blocks) >= 8:
+                    plan.blocks.pop(next(iter(plan.blocks)))
+                plan.blocks[key] = block
+        yield slice(start, start + samples), block
 
 
-def _blocks(x: Tensor, weight: Tensor, pixels: int) -> tuple[Tensor, list[slice]]:
-    """Return a buffer for the columns of a few samples, and which samples to take at a time."""
-    rows = x.shape[1] * math.prod(weight.shape[2:])
-    budget = BLOCK_BYTES if x.device.type == "cpu" else 32 * BLOCK_BYTES
-    count = max(1, min(x.shape[0], budget // max(1, rows * pixels * x.element_size())))
-    return _buffer(x, count, rows, pixels), [slice(i, min(i + count, x.shape[0])) for i in range(0, x.shape[0], count)]
+def _fill(block: Block, x: Tensor) -> Tensor:
+    """Write the columns of ``x`` and return them."""
+    block.wide.zero_()
+    block.inside.copy_(x)
+    if x.device.type == "cpu":
+        torch._foreach_copy_(block.slots, block.reads)
+    else:
+        for slot, read in zip(block.slots, block.reads, strict=True):
+            slot.copy_(read)
+    return block.columns
+
+
+def _scatter(block: Block, x: Tensor) -> None:
+    """Add the columns back to the pixels that they came from and write those to ``x``: the transpose of `_fill`."""
+    block.wide.zero_()
+    for slot, read in zip(block.slots, block.reads, strict=True):  # in turn: the views overlap
+        read.add_(slot)
+    x.copy_(block.inside)
 
 
 def _product(w: Tensor, columns: Tensor, out: Tensor) -> None:
@@ -219,27 +278,21 @@ def _product(w: Tensor, columns: Tensor, out: Tensor) -> None:
 
 
 def _forward(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
-    pixels, groups = math.prod(size), plan.groups
-    w = weight.reshape(groups, weight.shape[0] // groups, -1)
-    out = x.new_empty(x.shape[0], weight.shape[0], pixels)
-    buffer, blocks = _blocks(x, weight, pixels)
-    for block in blocks:
-        columns = buffer[: block.stop - block.start]
-        _fill(columns, x[block], plan, size)
-        _product(w, columns, out[block])
-    return out.view(x.shape[0], -1, *size)
+    w = weight.reshape(plan.groups, weight.shape[0] // plan.groups, -1)
+    out = x.new_empty(x.shape[0], weight.shape[0], math.prod(size))
+    for samples, block in _blocks(plan, x.shape, size, x):
+        _product(w, _fill(block, x[samples]), out[samples])
+    return out.view(*out.shape[:2], *size)
 
 
 def _grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
-    size, groups = grad.shape[2:], plan.groups
-    w = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
-    x = grad.new_zeros(*shape)
+    size = grad.shape[2:]
+    w = weight.reshape(plan.groups, weight.shape[0] // plan.groups, -1).transpose(1, 2)
+    x = grad.new_empty(*shape)
     g = grad.reshape(*grad.shape[:2], math.prod(size))
-    buffer, blocks = _blocks(x, weight, math.prod(size))
-    for block in blocks:
-        columns = buffer[: block.stop - block.start]
-        _product(w, g[block], columns)
-        _scatter(x[block], columns, plan, size)
+    for samples, block in _blocks(plan, shape, size, x):
+        _product(w, g[samples], block.columns)
+        _scatter(block, x[samples])
     return x
 
 
@@ -247,13 +300,14 @@ def _grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> T
     size, groups = grad.shape[2:], plan.groups
     weight = grad.new_zeros(*shape)
     w = weight.view(groups, shape[0] // groups, -1)
-    g = grad.reshape(grad.shape[0], groups, -1, math.prod(size))
-    buffer, blocks = _blocks(x, weight, math.prod(size))
-    for block in blocks:
-        columns = buffer[: block.stop - block.start]
-        _fill(columns, x[block], plan, size)
-        for i, c in zip(g[block], columns.unflatten(1, (groups, -1)), strict=True):
-            w.baddbmm_(i, c.transpose(1, 2))
+    g = grad.reshape(*grad.shape[:2], math.prod(size))
+    for samples, block in _blocks(plan, x.shape, size, x):
+        columns = _fill(block, x[samples]).transpose(1, 2)
+        if groups == 1:
+            w[0].addbmm_(g[samples], columns)
+            continue
+        for i, c in zip(g[samples].unflatten(1, (groups, -1)), columns.unflatten(2, (groups, -1)), strict=True):
+            w.baddbmm_(i, c.transpose(0, 1))
     return weight
 
 
@@ -344,23 +398,25 @@ for _cls in (_Columns, _GradInput, _GradWeight):
     _cls.jvp = staticmethod(_jvp_of(_cls))  # type: ignore[method-assign]
 
 
-def _convolve_piece(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
-    piece = plan.pieces[0]
+def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int]) -> Tensor:
+    piece = plan.piece
     if piece.corner is not None and piece.spacing is not None:
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         dilation = tuple(d * g for d, g in zip(plan.dilation, piece.spacing, strict=True))
-        part = x[(..., *_slices(plan, size, piece.corner, piece.spacing))]
-        return convolution(part, weight, None, plan.stride, 0, dilation, plan.groups)
-    if torch.compiler.is_compiling():
-        return plain(x, weight, plan, size)
-    return _Columns.apply(x, weight, plan, tuple(size))  # type: ignore[no-any-return]
+        part = _pad(x, plan)[(..., *_slices(plan, size, piece.corner, piece.spacing))]
+        return convolution(part, weight, bias, plan.stride, 0, dilation, plan.groups)
+    y = plain(x, weight, plan, size) if torch.compiler.is_compiling() else _Columns.apply(x, weight, plan, tuple(size))
+    return y if bias is None else y + bias.view(-1, *(1,) * len(size))
 
 
-def convolve(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
-    """Convolve the extended image ``x`` (batch, channels, *extended); returns (batch, out, *size)."""
-    if len(plan.pieces) == 1:
-        return _convolve_piece(x, weight, plan, size)
-    widths = [p.channels for p in plan.pieces]
-    parts = zip(x.split(widths, dim=1), weight.split(widths, dim=1), plan.pieces, strict=True)
-    outputs = [_convolve_piece(a, w, replace(plan, pieces=(p,)), size) for a, w, p in parts]
-    return torch.stack(outputs).sum(0) if len(outputs) > 2 else outputs[0] + outputs[1]
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plans: Sequence[Plan], size: Sequence[int]) -> Tensor:
+    """Convolve ``x`` (batch, channels, *spatial), zero outside; returns (batch, out, *size)."""
+    if len(plans) == 1:
+        return _convolve_piece(x, weight, bias, plans[0], size)
+    widths = [p.piece.channels for p in plans]
+    parts = list(zip(x.split(widths, dim=1), weight.split(widths, dim=1), plans, strict=True))
+    parts.sort(key=lambda part: part[2].piece.corner is None)  # the native convolution adds the bias for nothing
+    total = _convolve_piece(*parts[0][:2], bias, parts[0][2], size)
+    for part, w, plan in parts[1:]:
+        total = total + _convolve_piece(part, w, None, plan, size)
+    return total

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widerf._checks import require, require_known
-from widerf.columns import Plan, Taps, convolve, make_plan
+from widerf.columns import Plan, Taps, convolve, make_plans
 from widerf.geometry import ntuple
 
 Size = int | Sequence[int]
-PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
 def read_taps(offsets: Tensor) -> Taps:
@@ -78,22 +77,20 @@ def _outside(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor
     return x.index_select(axis, index)
 
 
-def extend(x: Tensor, before: Sequence[int], after: Sequence[int], mode: str) -> Tensor:
-    """Return ``x`` (batch, channels, *spatial) with pixels added before and after each axis.
+def extend(x: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
+    """Return ``x``, whose last axes are spatial, with pixels added (before, after) on each of them.
 
     ``F.pad`` where it can; its modes other than zeros refuse to pad by more than the image (reflect: one pixel less), which
     a wide window on a small image needs. There the image goes on reflecting (repeating) as often as necessary.
     """
-    if not any((*before, *after)):
+    if not any(map(any, pads)):
         return x
-    room = {"constant": None, "replicate": None, "reflect": 1, "circular": 0}[mode]
-    fits = room is None or all(
-        max(p) <= n - room for p, n in zip(zip(before, after, strict=True), x.shape[2:], strict=True)
-    )
-    if fits:
-        return F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair], mode=mode)
-    for axis, (a, b) in enumerate(zip(before, after, strict=True), start=2):
-        x = _outside(x, axis, a, b, mode)
+    rank = len(pads)
+    room = {"replicate": None, "reflect": 1, "circular": 0}[mode]
+    if room is None or all(max(p) <= n - room for p, n in zip(pads, x.shape[-rank:], strict=True)):
+        return F.pad(x, [p for pair in reversed(pads) for p in pair], mode=mode)
+    for axis, (before, after) in enumerate(pads):
+        x = _outside(x, axis - rank, before, after, mode)
     return x
 
 
@@ -137,15 +134,11 @@ def output_size(
     return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True))
 
 
-def apply_plan(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    padding: Sequence[tuple[int, int]],
-    padding_mode: str = "zeros",
+def apply_plans(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plans: Sequence[Plan], padding: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Convolve by a plan that is made already: what the functions and the modules share."""
+    """Convolve by plans that are made already: what the functions and the modules share."""
+    plan = plans[0]
     _check_shapes(x, weight, bias, plan.groups)
     rank, device = weight.dim() - 2, x.device.type
     if torch.is_autocast_enabled(device):
@@ -154,10 +147,7 @@ def apply_plan(
         bias = None if bias is None else bias.to(dtype)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
     size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, plan.dilation)
-    wide = extend(batched, plan.before, plan.after, PADDING_MODES[padding_mode])
-    y = convolve(wide, weight, plan, size)
-    if bias is not None:
-        y = y + bias.view(-1, *(1,) * rank)
+    y = convolve(batched, weight, bias, plans, size)
     return y if x.dim() == rank + 2 else y.squeeze(0)
 
 
@@ -182,8 +172,8 @@ def _sparse_conv(
     channels = weight.shape[1] * groups
     require(len(taps) <= channels, "offsets", f"have no more groups than the {channels} input channels", len(taps))
     pads = resolve_padding(padding, kernel_size, steps, spread)
-    plan = make_plan(taps, channels, kernel_size, steps, pads, spread, groups)
-    return apply_plan(input, weight, bias, plan, pads)
+    plans = make_plans(taps, channels, kernel_size, steps, pads, spread, groups)
+    return apply_plans(input, weight, bias, plans, pads)
 
 
 def sparse_conv1d(

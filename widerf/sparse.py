@@ -13,11 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from widerf import patterns
 from widerf._checks import require, require_known
-from widerf.columns import Plan, make_plan
-from widerf.functional import apply_plan, check_offsets, read_taps, resolve_padding
+from widerf.columns import Plan, make_plans, reach
+from widerf.functional import apply_plans, check_offsets, extend, read_taps, resolve_padding
 from widerf.geometry import ntuple
 
 Size = int | Sequence[int]
+Pairs = tuple[tuple[int, int], ...]
 
 
 def fresh_seed() -> int:
@@ -113,7 +114,7 @@ class _SparseConv(_ConvNd):
         self.pattern = pattern if isinstance(pattern, str) else "custom"
         self.register_buffer("offsets", offsets.to(device=self.weight.device))
         self._taps = read_taps(offsets)
-        self._seen: tuple[int, int] | None = None
+        self._planned: tuple[Any, tuple[Plan, ...], Pairs, Pairs] | None = None
 
     @classmethod
     def _custom(
@@ -144,14 +145,27 @@ class _SparseConv(_ConvNd):
         )
         return offsets, reach
 
-    def _plan(self) -> Plan:
-        pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
-        return make_plan(self._taps, self.in_channels, self.kernel_size, self.stride, pads, self.dilation, self.groups)
+    def _layout(self) -> tuple[tuple[Plan, ...], Pairs, Pairs]:
+        """Return the plans, the padding they work with, and what to add to the image before: (before, after) per axis."""
+        key = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        if self._planned is None or self._planned[0] != key:
+            pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
+            added: Pairs = ((0, 0),) * self.RANK
+            if self.padding_mode != "zeros":
+                offsets = [tap for group in self._taps for tap in group]
+                added = tuple(zip(*reach(offsets, self.kernel_size, pads, self.dilation), strict=True))
+                pads = tuple((low - a, high - b) for (low, high), (a, b) in zip(pads, added, strict=True))
+            plans = make_plans(
+                self._taps, self.in_channels, self.kernel_size, self.stride, pads, self.dilation, self.groups
+            )
+            self._planned = (key, plans, pads, added)
+        return self._planned[1:]
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input``, (batch, in, *spatial) or (in, *spatial)."""
-        pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
-        return apply_plan(input, self.weight, self.bias, self._plan(), pads, self.padding_mode)
+        plans, pads, added = self._layout()
+        wide = extend(input, added, self.padding_mode)
+        return apply_plans(wide, self.weight, self.bias, plans, pads)
 
 
 class SparseConv1d(_SparseConv):
