@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor, nn
 
 
@@ -17,7 +19,12 @@ def fingerprint(model: nn.Module) -> list[Any]:
         if tensor is None:
             return None
         raw = tensor.detach().contiguous().cpu()
-        return (id(tensor), str(raw.dtype), tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return (
+            id(tensor),
+            str(raw.dtype),
+            tuple(raw.shape),
+            hashlib.blake2b(raw.reshape(-1).view(torch.uint8).numpy()).hexdigest(),
+        )
 
     state: list[Any] = []
     for name, module in model.named_modules():
@@ -55,3 +62,49 @@ def uniform_stack(layers: int, rank: int = 2) -> Tensor:
     for _ in range(rank - 1):
         grid = np.multiply.outer(grid, line)
     return torch.from_numpy(grid)
+
+
+def gibbs_axis(taps: int, strength: float) -> np.ndarray:
+    """Soft corners of one axis by their closed form v ∝ exp(β m²), with β found by bisection on the variance."""
+    squares = (np.arange(taps) - (taps - 1) / 2) ** 2
+    wanted = (1 - strength) * squares.mean() + strength * squares.max()
+
+    def law(beta: float) -> np.ndarray:
+        weight = np.exp(beta * (squares - squares.max()))
+        return weight / weight.sum()
+
+    return law(optimize.brentq(lambda beta: law(beta) @ squares - wanted, -1e-6, 60.0, xtol=1e-14, rtol=1e-15))
+
+
+def gibbs_corners(kernel_size: tuple[int, ...], strength: float) -> np.ndarray:
+    """Soft corners in any rank: the outer product of its axes."""
+    profile = np.ones(())
+    for taps in kernel_size:
+        profile = np.multiply.outer(profile, gibbs_axis(taps, strength))
+    return profile
+
+
+def gibbs_network(sizes: list[tuple[int, ...]], weights: list[float], gain: float) -> list[np.ndarray]:
+    """The network's profiles by their closed form, one multiplier λ for all: v_l ∝ exp(λ w_l |m|²/D)."""
+
+    def squares(size: tuple[int, ...]) -> np.ndarray:
+        axes = np.meshgrid(*[(np.arange(k) - (k - 1) / 2) ** 2 for k in size], indexing="ij")
+        return sum(axes) / len(size)
+
+    def laws(multiplier: float) -> list[np.ndarray]:
+        exponents = [multiplier * w * squares(size) for size, w in zip(sizes, weights, strict=True)]
+        powers = [np.exp(e - e.max()) for e in exponents]
+        return [p / p.sum() for p in powers]
+
+    def variance(profiles: list[np.ndarray]) -> float:
+        return sum(w * float((p * squares(s)).sum()) for p, s, w in zip(profiles, sizes, weights, strict=True))
+
+    wanted = gain**2 * variance(laws(0.0))
+    top = 60.0 / min(w for w in weights if w > 0)
+    return laws(optimize.brentq(lambda m: variance(laws(m)) - wanted, 0.0, top, xtol=1e-15, rtol=1e-15, maxiter=500))
+
+
+def divergence(profile: Tensor) -> float:
+    """KL(profile ‖ uniform) in nats."""
+    v = profile.double().flatten()
+    return float(torch.special.xlogy(v, v * v.numel()).sum())

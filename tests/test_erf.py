@@ -145,7 +145,7 @@ def test_the_jackknife_of_equal_blocks_is_the_textbook_one() -> None:
 
 
 def test_the_jackknife_of_a_linear_figure_is_the_standard_error_of_a_mean() -> None:
-    """With equal masses the centroid is a mean over draws, and merged blocks of unequal size still estimate its error."""
+    """With equal masses the centroid is a mean over draws; blocks of unequal size still estimate its error."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.zeros(3000, 9)
     hits = torch.randint(9, (3000,), generator=generator)
