@@ -54,7 +54,7 @@ class Task:
     lr: float
 
     @staticmethod
-    def make(name: str, *, data_dir: Path | None = None, radius: int = 5, **overrides: object) -> Task:
+    def make(name: str, *, data_dir: Path | None = None, radius: int = 4, **overrides: object) -> Task:
         """Return the task of that name; ``overrides`` that are not None replace its fields.
 
         Raises:
@@ -124,7 +124,7 @@ def far_pair(radius: int) -> Task:
         while True:
             yield far_pair_batch(64, radius, side, generator)
 
-    validation = far_pair_batch(1000, radius, side, torch.Generator().manual_seed(_VALIDATION_SEED))
+    validation = far_pair_batch(500, radius, side, torch.Generator().manual_seed(_VALIDATION_SEED))
     return Task(
         name="far-pair",
         network=network,
@@ -135,7 +135,7 @@ def far_pair(radius: int) -> Task:
         erf_inputs=None,
         target=0.9,
         steps=1500,
-        every=25,
+        every=10,
         stop_at_target=True,
         lr=3e-3,
     )
@@ -171,7 +171,7 @@ def cifar10(data_dir: Path | None) -> Task:
         test=(data.to_float(images.test), images.test_labels),
         erf_size=(3, 32, 32),
         erf_inputs=validation[0][:64],
-        target=0.45,
+        target=0.5,
         steps=600,
         every=25,
         stop_at_target=False,
