@@ -37,12 +37,15 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _follow_parent(threads: int) -> None:
-    """Prepare a worker: its share of the cores, Ctrl-C left to the parent, and an end when the parent ends."""
+def _follow_parent() -> None:
+    """Prepare a worker: one thread, Ctrl-C left to the parent, and an end when the parent ends.
+
+    With one thread sums run in one order, so that a run gives the same numbers whatever runs beside it.
+    """
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -82,9 +85,8 @@ def run_all(
         raise InputError(f"--out must be a new folder or one of the same settings, got {folder}: see {settings_file}")
     write_whole(settings_file, wanted)
     todo = [job for job in jobs if not (runs / f"{job}.json").exists()]
-    threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent, initargs=(threads,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     try:
         futures = {pool.submit(work, job): job for job in todo}
         with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run", disable=None) as bar:
