@@ -112,7 +112,7 @@ def _solve(programme: _Programme) -> Array:
         step = np.linalg.lstsq(hessian, -slack[active], rcond=1e-14)[0]
         # Half of |λ| at most: far from the optimum of a nearly flat dual a full step may run off.
         limit = np.max(np.abs(step) / (0.5 * np.abs(multipliers[active]) + 1e-3), initial=1.0)
-        multipliers[active] += step / limit
+        multipliers[active] = np.maximum(multipliers[active] + step / limit, 0.0)
     residual = max(float(np.abs(slack[active]).max(initial=0.0)), float((-slack).max(initial=0.0)))
     if residual > _RESIDUAL or multipliers.min(initial=0.0) < 0:
         raise RuntimeError(f"the optimality conditions hold to {residual:.1e} only, wanted {_RESIDUAL:.0e}")
@@ -147,9 +147,9 @@ def corner_variance(taps: int) -> float:
 @functools.lru_cache(maxsize=1024)
 def _axis_profile(taps: int, strength: float) -> tuple[float, ...]:
     """Return the soft-corner profile of one axis of ``taps`` taps."""
-    if taps <= 2 or strength == 0.0:
+    if taps <= 2 or strength < _RESIDUAL:
         return (1.0 / taps,) * taps
-    if strength == 1.0:
+    if strength > 1.0 - _RESIDUAL:
         return tuple(0.5 if tap in (0, taps - 1) else 0.0 for tap in range(taps))
     feature = np.linspace(-1.0, 1.0, taps)[:, None] ** 2  # m², scaled to [0, 1]: Clarabel needs the scaling
     bound = (1.0 - strength) * feature.mean() + strength
@@ -220,8 +220,10 @@ def tap_profile(offsets: Tensor, strength: float) -> Tensor:
     distance = features.sum(axis=-1)
     farthest = (distance >= distance.max(axis=1, keepdims=True) - 1e-9).astype(np.float64)
     extreme = farthest / farthest.sum(axis=1, keepdims=True)
-    if strength == 1.0 or strength == 0.0 or np.ptp(distance) == 0:
-        return torch.from_numpy(extreme if strength == 1.0 else np.full((groups, taps), 1.0 / taps))
+    if strength > 1.0 - _RESIDUAL:
+        return torch.from_numpy(extreme)
+    if strength < _RESIDUAL or np.ptp(distance) == 0:
+        return torch.full((groups, taps), 1.0 / taps, dtype=torch.float64)
     flat = features.reshape(groups * taps, -1) / groups
     uniform = flat.sum(axis=0) / taps
     bounds = (1 - strength) * uniform + strength * flat.T @ extreme.ravel()
