@@ -169,7 +169,8 @@ def _named(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Module
         return names[layer]
     # A module that is shared has several names, all of which are good.
     every = dict(model.named_modules(remove_duplicate=False))
-    require_known(layer, every, "layer")
+    if layer:  # "" is the model itself
+        require_known(layer, filter(None, every), "layer")
     return names[every[layer]]
 
 
