@@ -1,65 +1,26 @@
 """The pure PyTorch engine: shifted slices of the extended image as columns, and one matrix product.
 
-Each input channel gives as many columns as the kernel has weights, however wide the taps are spread, so the work is that
-of the plain convolution. The columns are built a few samples at a time, so that they stay in the processor's cache.
+Each input channel gives as many columns as the kernel has weights, however wide the taps are spread, so the work is
+that of the plain convolution. The columns are built a few samples at a time, so that they stay in the processor's
+cache.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [group][tap][axis]
+from widerf.layout import Piece, Plan, slices
+
 BLOCK_BYTES = 2**23  # columns built at a time on the CPU: about what the last cache holds
 ARENA_BYTES = 2**24
-NATIVE_CHANNELS = 16  # a grid of fewer channels is no faster in PyTorch's own convolution than as columns
 _scratch = threading.local()
-
-
-class Run(NamedTuple):
-    """Input channels ``start … stop − 1`` of a repeat, which share the offsets ``taps``."""
-
-    start: int
-    stop: int
-    taps: tuple[tuple[int, ...], ...]
-
-
-class Piece(NamedTuple):
-    """Neighbouring input channels that are computed together, ``channels`` of them.
-
-    If all read the same grid, ``spacing`` and its first offset ``corner`` say which, and PyTorch's own dilated convolution
-    computes them. Otherwise they become columns: ``runs`` laid out ``repeats`` times, so that a depthwise layer that cycles
-    through P patterns costs P slices per tap, not one per channel.
-    """
-
-    channels: int
-    runs: tuple[Run, ...]
-    repeats: int = 1
-    corner: tuple[int, ...] | None = None
-    spacing: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where every connection of one piece lands: all that the computation needs beside the tensors."""
-
-    piece: Piece
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    before: tuple[int, ...]  # pixels added before the image, per axis
-    after: tuple[int, ...]
-    first: tuple[int, ...]  # index in the extended image of offset 0 for output 0
-    dilation: tuple[int, ...]
-    groups: int
-    blocks: dict[Any, Block] = field(default_factory=dict, compare=False, repr=False)  # filled in as shapes turn up
 
 
 class Block(NamedTuple):
@@ -72,100 +33,8 @@ class Block(NamedTuple):
     slots: list[Tensor]  # views of `columns`, where what was read is put
 
 
-def _grid(taps: tuple[tuple[int, ...], ...], kernel_size: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
-    """Return (corner, spacing) if the taps are a grid in C order, else None."""
-    axes: list[list[int]] = [sorted({t[axis] for t in taps}) for axis in range(len(kernel_size))]
-    if [len(a) for a in axes] != list(kernel_size) or list(itertools.product(*axes)) != list(taps):
-        return None
-    steps = [{q - p for p, q in itertools.pairwise(a)} or {1} for a in axes]
-    if any(len(s) > 1 for s in steps):
-        return None
-    return tuple(a[0] for a in axes), tuple(s.pop() for s in steps)
-
-
-def _runs(taps: Taps, channels: int) -> tuple[list[Run], int]:
-    """Split the channels into runs of equal taps, and find how often the sequence of runs repeats."""
-    row = [c * len(taps) // channels for c in range(channels)]
-    names: dict[tuple[tuple[int, ...], ...], int] = {}
-    sequence = [names.setdefault(taps[r], len(names)) for r in row]
-    period = next(p for p in range(1, channels + 1) if channels % p == 0 and sequence == sequence[:p] * (channels // p))
-    runs: list[Run] = []
-    for c in range(period):
-        if runs and runs[-1].taps == taps[row[c]]:
-            runs[-1] = runs[-1]._replace(stop=c + 1)
-        else:
-            runs.append(Run(c, c + 1, taps[row[c]]))
-    return runs, channels // period
-
-
-def _pieces(taps: Taps, channels: int, kernel_size: tuple[int, ...], groups: int) -> tuple[Piece, ...]:
-    """Give grids to PyTorch's own convolution where that pays, all else to columns."""
-    runs, repeats = _runs(taps, channels)
-    if len(runs) == 1 and (grid := _grid(runs[0].taps, kernel_size)):
-        return (Piece(channels, tuple(runs), 1, *grid),)
-    if groups > 1 or repeats > 1:
-        return (Piece(channels, tuple(runs), repeats),)
-    pieces: list[Piece] = []
-    for run in runs:
-        width = run.stop - run.start
-        if width >= NATIVE_CHANNELS and (grid := _grid(run.taps, kernel_size)):
-            pieces.append(Piece(width, (run,), 1, *grid))
-            continue
-        last = pieces.pop() if pieces and pieces[-1].corner is None else Piece(0, ())
-        moved = Run(last.channels, last.channels + width, run.taps)
-        pieces.append(Piece(last.channels + width, (*last.runs, moved)))
-    return tuple(pieces)
-
-
-def reach(
-    offsets: Sequence[tuple[int, ...]],
-    kernel_size: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return how many pixels before and after the image the taps read, per axis."""
-    before, after = [], []
-    for axis, (k, d, (low, high)) in enumerate(zip(kernel_size, dilation, padding, strict=True)):
-        along, h = [o[axis] for o in offsets], (k - 1) // 2
-        before.append(max(0, low - d * (h + min(along))))
-        after.append(max(0, high + d * (max(along) - (k - 1 - h))))
-    return tuple(before), tuple(after)
-
-
-def make_plans(
-    taps: Taps,
-    channels: int,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> tuple[Plan, ...]:
-    """Lay out one layer, piece by piece; ``padding`` holds (before, after) per axis, as of the plain convolution."""
-    plans = []
-    for piece in _pieces(taps, channels, kernel_size, groups):
-        offsets = [tap for run in piece.runs for tap in run.taps]
-        before, after = reach(offsets, kernel_size, padding, dilation)
-        origin = zip(before, padding, dilation, kernel_size, strict=True)
-        first = tuple(b - low + d * ((k - 1) // 2) for b, (low, _), d, k in origin)
-        plans.append(Plan(piece, kernel_size, stride, before, after, first, dilation, groups))
-    return tuple(plans)
-
-
-def _slices(plan: Plan, size: Sequence[int], tap: Sequence[int], spacing: Sequence[int] | None = None) -> Any:
-    """Return where ``tap`` of all output units lies in the extended image, one slice per axis.
-
-    With ``spacing``, the part of the image that the grid with its corner at ``tap`` reads.
-    """
-    starts = [f + d * o for f, d, o in zip(plan.first, plan.dilation, tap, strict=True)]
-    if spacing is None:
-        return tuple(slice(a, a + s * (n - 1) + 1, s) for a, s, n in zip(starts, plan.stride, size, strict=True))
-    reach = [d * g * (k - 1) for d, g, k in zip(plan.dilation, spacing, plan.kernel_size, strict=True)]
-    return tuple(slice(a, a + s * (n - 1) + r + 1) for a, s, n, r in zip(starts, plan.stride, size, reach, strict=True))
-
-
 def _by_repeat(x: Tensor, piece: Piece) -> Tensor:
-    return x.unflatten(1, (piece.repeats, x.shape[1] // piece.repeats))
+    return torch.unflatten(x, 1, (piece.repeats, x.shape[1] // piece.repeats))
 
 
 def _pad(x: Tensor, plan: Plan) -> Tensor:
@@ -188,14 +57,14 @@ def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     parts = _by_repeat(_pad(x, plan), plan.piece)
     columns = torch.cat(
         [
-            torch.stack([parts[:, :, run.start : run.stop][(..., *_slices(plan, size, t))] for t in run.taps], dim=3)
+            torch.stack([parts[:, :, run.start : run.stop][slices(plan, size, t)] for t in run.taps], dim=3)
             for run in plan.piece.runs
         ],
         dim=2,
     )  # (batch, repeats, channels/repeats, taps, *size)
     flat = columns.reshape(x.shape[0], -1, math.prod(size))
     out = F.conv1d(flat, weight.reshape(weight.shape[0], -1, 1), groups=plan.groups)
-    return out.unflatten(2, tuple(size))
+    return torch.unflatten(out, 2, tuple(size))
 
 
 def _arena(needed: int) -> Tensor:
@@ -213,12 +82,13 @@ def _make_block(plan: Plan, samples: int, shape: Sequence[int], size: Sequence[i
     total = count + samples * shape[0] * math.prod(plan.kernel_size) * math.prod(size)
     memory = _arena(total * like.element_size()).view(like.dtype) if keep else like.new_empty(total)
     wide = memory[:count].view(samples, shape[0], *extended)
-    inside = wide[(..., *(slice(a, a + n) for a, n in zip(plan.before, shape[1:], strict=True)))]
+    image: Any = (..., *(slice(a, a + n) for a, n in zip(plan.before, shape[1:], strict=True)))
+    inside = wide[image]
     parts = _by_repeat(wide, piece)
     columns = memory[count:].view(samples, -1, math.prod(size))
     into = columns.view(samples, piece.repeats, parts.shape[2], -1, *size)
     taps = [(slice(run.start, run.stop), t, tap) for run in piece.runs for t, tap in enumerate(run.taps)]
-    reads = [parts[:, :, run][(..., *_slices(plan, size, tap))] for run, _, tap in taps]
+    reads = [parts[:, :, run][slices(plan, size, tap)] for run, _, tap in taps]
     return Block(wide, inside, reads, columns, [into[:, :, run, t] for run, t, _ in taps])
 
 
@@ -269,11 +139,11 @@ def _scatter(block: Block, x: Tensor) -> None:
 
 
 def _product(w: Tensor, columns: Tensor, out: Tensor) -> None:
-    """Write w · columns for each sample and group: w (groups, m, n), columns (batch, groups·n, pixels), out likewise."""
+    """Write w · columns for each sample and group: w (groups, m, n), columns (batch, groups·n, pixels)."""
     if len(w) == 1:
         torch.bmm(w.expand(len(columns), -1, -1), columns, out=out)
         return
-    for c, o in zip(columns.unflatten(1, (len(w), -1)), out.unflatten(1, (len(w), -1)), strict=True):
+    for c, o in zip(torch.unflatten(columns, 1, (len(w), -1)), torch.unflatten(out, 1, (len(w), -1)), strict=True):
         torch.bmm(w, c, out=o)
 
 
@@ -306,7 +176,9 @@ def _grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> T
         if groups == 1:
             w[0].addbmm_(g[samples], columns)
             continue
-        for i, c in zip(g[samples].unflatten(1, (groups, -1)), columns.unflatten(2, (groups, -1)), strict=True):
+        for i, c in zip(
+            torch.unflatten(g[samples], 1, (groups, -1)), torch.unflatten(columns, 2, (groups, -1)), strict=True
+        ):
             w.baddbmm_(i, c.transpose(0, 1))
     return weight
 
@@ -322,12 +194,14 @@ def _vmap_by(function: Any) -> Any:
 
 def _plain_grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
     zero = grad.new_zeros(*shape)
-    return torch.func.vjp(lambda x: plain(x, weight, plan, grad.shape[2:]), zero)[1](grad)[0]  # type: ignore[no-any-return]
+    vjp: Any = torch.func.vjp(lambda x: plain(x, weight, plan, grad.shape[2:]), zero)[1]
+    return torch.as_tensor(vjp(grad)[0])
 
 
 def _plain_grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
     zero = grad.new_zeros(*shape)
-    return torch.func.vjp(lambda w: plain(x, w, plan, grad.shape[2:]), zero)[1](grad)[0]  # type: ignore[no-any-return]
+    vjp: Any = torch.func.vjp(lambda w: plain(x, w, plan, grad.shape[2:]), zero)[1]
+    return torch.as_tensor(vjp(grad)[0])
 
 
 def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -337,7 +211,7 @@ def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 
 def _jvp_of(cls: Any) -> Any:
-    def jvp(ctx: Any, first_t: Tensor | None, second_t: Tensor | None, *_: None) -> Tensor | None:
+    def jvp(ctx: Any, first_t: Tensor | None, second_t: Tensor | None, *_: None) -> Any:
         first, second = ctx.saved_tensors
         parts = []
         if first_t is not None:
@@ -403,7 +277,7 @@ def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
     if piece.corner is not None and piece.spacing is not None:
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         dilation = tuple(d * g for d, g in zip(plan.dilation, piece.spacing, strict=True))
-        part = _pad(x, plan)[(..., *_slices(plan, size, piece.corner, piece.spacing))]
+        part = _pad(x, plan)[slices(plan, size, piece.corner, piece.spacing)]
         return convolution(part, weight, bias, plan.stride, 0, dilation, plan.groups)
     y = plain(x, weight, plan, size) if torch.compiler.is_compiling() else _Columns.apply(x, weight, plan, tuple(size))
     return y if bias is None else y + bias.view(-1, *(1,) * len(size))
@@ -414,7 +288,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plans: Sequence[Pla
     if len(plans) == 1:
         return _convolve_piece(x, weight, bias, plans[0], size)
     widths = [p.piece.channels for p in plans]
-    parts = list(zip(x.split(widths, dim=1), weight.split(widths, dim=1), plans, strict=True))
+    parts = list(zip(torch.split(x, widths, 1), torch.split(weight, widths, 1), plans, strict=True))
     parts.sort(key=lambda part: part[2].piece.corner is None)  # the native convolution adds the bias for nothing
     total = _convolve_piece(*parts[0][:2], bias, parts[0][2], size)
     for part, w, plan in parts[1:]:

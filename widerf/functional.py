@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widerf._checks import require, require_known
-from widerf.columns import Plan, Taps, convolve, make_plans
+from widerf.columns import convolve
 from widerf.geometry import ntuple
+from widerf.layout import Plan, Taps, make_plans
 
 Size = int | Sequence[int]
 
@@ -80,8 +81,8 @@ def _outside(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor
 def extend(x: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
     """Return ``x``, whose last axes are spatial, with pixels added (before, after) on each of them.
 
-    ``F.pad`` where it can; its modes other than zeros refuse to pad by more than the image (reflect: one pixel less), which
-    a wide window on a small image needs. There the image goes on reflecting (repeating) as often as necessary.
+    ``F.pad`` where it can; its modes other than zeros refuse to pad by more than the image (reflect: one pixel less),
+    which a wide window on a small image needs. There the image goes on reflecting (repeating) as often as necessary.
     """
     if not any(map(any, pads)):
         return x
@@ -134,6 +135,20 @@ def output_size(
     return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True))
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as autocast does for convolutions; it leaves double precision alone."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _like_layout(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``y`` in the memory format of ``x`` (channels_last stays channels_last)."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(x.dim())
+    if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):
+        return y
+    return y.contiguous(memory_format=wanted)
+
+
 def apply_plans(
     x: Tensor, weight: Tensor, bias: Tensor | None, plans: Sequence[Plan], padding: Sequence[tuple[int, int]]
 ) -> Tensor:
@@ -142,12 +157,13 @@ def apply_plans(
     _check_shapes(x, weight, bias, plan.groups)
     rank, device = weight.dim() - 2, x.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = _autocast(x), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
     size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, plan.dilation)
     y = convolve(batched, weight, bias, plans, size)
+    if not torch.compiler.is_compiling():
+        y = _like_layout(y, batched)
     return y if x.dim() == rank + 2 else y.squeeze(0)
 
 
@@ -210,9 +226,9 @@ def sparse_conv2d(
 
         y[b, o, u] = bias[o] + Σ_c Σ_t weight[o, c, t] · x[b, c, s·u − p + d·(h + offsets[g(c), t])]
 
-    with u the output index (a vector of D integers), s, p, d the stride, padding and dilation of each axis, h = (k − 1)//2
-    the dense kernel's centre tap, and x zero outside the image. Channel c of C lies in pattern group g(c) = ⌊c·G/C⌋:
-    equal stretches of channels, or as equal as can be if G does not divide C. With
+    with u the output index (a vector of D integers), s, p, d the stride, padding and dilation of each axis, h = (k −
+    1)//2 the dense kernel's centre tap, and x zero outside the image. Channel c of C lies in pattern group g(c) =
+    ⌊c·G/C⌋: equal stretches of channels, or as equal as can be if G does not divide C. With
     ``offsets = patterns.dense_taps(kernel_size)[None]`` it is ``F.conv2d``.
 
     Args:
@@ -221,8 +237,8 @@ def sparse_conv2d(
         bias: (out,) or None.
         offsets: integers (pattern groups, kH·kW, 2), in taps from the kernel's centre (y, x).
         stride: output step in pixels, per axis.
-        padding: pixels on each side, per axis, "same" or "valid", meant for the dense kernel: the taps may reach further and
-            read zeros there.
+        padding: pixels on each side, per axis, "same" or "valid", meant for the dense kernel: the taps may reach
+            further and read zeros there.
         dilation: pixels between two offsets that differ by 1.
         groups: blocks of connections, as in ``F.conv2d``.
 

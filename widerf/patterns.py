@@ -1,7 +1,7 @@
 """Tap patterns: where the connections of a sparse kernel lie, one set of taps per group of input channels.
 
-A pattern is an int64 tensor ``(groups, taps, D)``. Element ``[g, t]`` is the offset, in taps, from the kernel's centre at
-which the input channels of group g are read by the t-th weight of the kernel (taps in C order, as in
+A pattern is an int64 tensor ``(groups, taps, D)``. Element ``[g, t]`` is the offset, in taps, from the kernel's
+centre at which the input channels of group g are read by the t-th weight of the kernel (taps in C order, as in
 ``weight.flatten(2)``). The centre is tap ``(k − 1)//2`` on each axis, so that the dense kernel has the offsets
 ``0 … k − 1`` less that number, whether k is odd or even.
 
@@ -49,8 +49,8 @@ def window(kernel_size: Size, extent: Size) -> Tensor:
     """Return the offsets of all cells of the window, int64 ``(prod(extent), D)``, in C order.
 
     The window has the same centre as the k dense taps: on each axis it begins ``(S − k)//2`` cells before them, so that
-    a layer of extent S and padding p is a dense S-tap convolution of padding ``p + (S − k)/2``. If S − k is odd, the window
-    reaches one cell further on the high side.
+    a layer of extent S and padding p is a dense S-tap convolution of padding ``p + (S − k)/2``. If S − k is odd, the
+    window reaches one cell further on the high side.
 
     Example:
         >>> window((3,), (5,)).flatten().tolist()
@@ -76,9 +76,9 @@ def dense_taps(kernel_size: Size) -> Tensor:
 def match_dense(offsets: Tensor, kernel_size: Size) -> Tensor:
     """Order each group's taps so that tap t is the partner of dense tap t.
 
-    The assignment maximises Σ_t m_t · o_t with m_t the centred coordinate of dense tap t and o_t the offset it is sent to.
-    That minimises Σ_t |c·m_t − o_t|² for every scale c > 0 at once: the upper left weight of a trained kernel goes to an
-    upper left tap, however wide the window is. The dense kernel itself is left in order.
+    The assignment maximises Σ_t m_t · o_t with m_t the centred coordinate of dense tap t and o_t the offset it is
+    sent to. That minimises Σ_t |c·m_t − o_t|² for every scale c > 0 at once: the upper left weight of a trained
+    kernel goes to an upper left tap, however wide the window is. The dense kernel itself is left in order.
 
     Args:
         offsets: int64 ``(groups, taps, D)``.
@@ -100,7 +100,7 @@ def match_dense(offsets: Tensor, kernel_size: Size) -> Tensor:
 
 
 def _cells_per_group(cells: int, taps: int, groups: int, generator: Generator | None) -> Tensor:
-    """Deal ``cells`` cells to ``groups`` hands of ``taps`` distinct ones, each cell ⌊·⌋ or ⌈groups·taps/cells⌉ times."""
+    """Deal ``cells`` cells to ``groups`` hands of ``taps`` distinct ones, as evenly as can be."""
     rows: list[list[int]] = []
     deck: list[int] = []
     for _ in range(groups):
@@ -123,8 +123,8 @@ def partition(kernel_size: Size, extent: Size, groups: int = 1, generator: Gener
     """Cut the window at random into disjoint sets of k^D taps, one per group.
 
     With ``groups`` a multiple of S^D/k^D every cell is read by the same number of groups, so that the expected ERF at
-    initialisation is that of the dense S^D kernel. Otherwise each cell is read ⌊n⌋ or ⌈n⌉ times, n = groups·k^D/S^D, which
-    is as even as can be; with n < 1 some cells are read by nobody.
+    initialisation is that of the dense S^D kernel. Otherwise each cell is read ⌊n⌋ or ⌈n⌉ times, n = groups·k^D/S^D,
+    which is as even as can be; with n < 1 some cells are read by nobody.
 
     Args:
         kernel_size: taps per axis; an integer stands for all axes.
@@ -190,7 +190,7 @@ def _draw(weights: Tensor, taps: int, groups: int, generator: Generator | None) 
 
 
 def gaussian(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
-    """Each group draws its taps by a Gaussian of standard deviation S/4 per axis about the window's centre, no tap twice.
+    """Each group draws its taps by a Gaussian about the window's centre, of standard deviation S/4, no tap twice.
 
     Groups are drawn on their own, so some cells may be read by nobody: see `coverage`. Arguments and result as in
     `partition`.

@@ -2,188 +2,155 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from widerf import patterns
-from widerf._checks import require, require_known
-from widerf.columns import Plan, make_plans, reach
-from widerf.functional import apply_plans, check_offsets, extend, read_taps, resolve_padding
-from widerf.geometry import ntuple
-
-Size = int | Sequence[int]
-Pairs = tuple[tuple[int, int], ...]
+from widerf.sparse_layer import Size, SparseConv
 
 
-def fresh_seed() -> int:
-    """Return a seed that follows from the state of torch's global generator, which it leaves as it is.
+class SparseConv1d(SparseConv):
+    """`SparseConv2d` with one spatial axis, for ``nn.Conv1d``.
 
-    So ``torch.manual_seed`` makes the offsets reproducible, layers drawn one after the other differ, and the weights of a network
-    with sparse layers come out equal to those of its dense twin.
+    Example:
+        >>> SparseConv1d(8, 8, 3, padding="same", extent=9)(torch.randn(2, 8, 20)).shape
+        torch.Size([2, 8, 20])
     """
-    state = torch.get_rng_state().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), "big")
-
-
-def draw_offsets(
-    pattern: str, kernel_size: Sequence[int], extent: Sequence[int], in_channels: int, groups: int, seed: int
-) -> Tensor:
-    """Draw a named pattern for a layer, (pattern groups, taps, D).
-
-    The number of pattern groups is the least that reads the whole window (`patterns.natural_groups`), if there are as many
-    input channels. In a grouped convolution each group of channels gets all of them if it has as many channels; else
-    neighbouring channels take turns, so that the patterns of one group of channels differ and all groups together read the
-    window.
-    """
-    require_known(pattern, patterns.NAMED, "pattern")
-    wanted = patterns.natural_groups(pattern, kernel_size, extent)
-    per_group = in_channels // groups
-    generator = torch.Generator().manual_seed(seed)
-    if groups == 1 or per_group >= wanted:
-        rows = patterns.NAMED[pattern](kernel_size, extent, min(wanted, per_group), generator)
-        return rows.repeat(groups, 1, 1)
-    rows = patterns.NAMED[pattern](kernel_size, extent, min(wanted, in_channels), generator)
-    if per_group == 1:
-        return rows
-    if pattern == "mixed":  # near and far patterns in turn, so that every group of channels holds both
-        half = len(rows) // 2
-        turn = [i // 2 if i % 2 == 0 and i // 2 < half else half + i // 2 for i in range(2 * half)]
-        rows = rows[[*turn, *range(2 * half, len(rows))]]
-    return rows[torch.arange(in_channels) % len(rows)]
-
-
-class _SparseConv(_ConvNd):
-    """What the three ranks share. The spatial rank is ``RANK``, the plain layer is ``DENSE``."""
-
-    RANK: ClassVar[int]
-    DENSE: ClassVar[type[_ConvNd]]
-    offsets: Tensor
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: str | Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        extent: Size | None = None,
-        pattern: str | Tensor = "mixed",
-        seed: int | None = None,
-    ) -> None:
-        k = ntuple(kernel_size, self.RANK, "kernel_size")
-        steps, spread = ntuple(stride, self.RANK, "stride"), ntuple(dilation, self.RANK, "dilation")
-        pads = padding if isinstance(padding, str) else ntuple(padding, self.RANK, "padding")
-        resolve_padding(pads, k, steps, spread)
-        require(groups >= 1 and in_channels % groups == 0, "groups", f"divide in_channels={in_channels}", groups)
-        require(out_channels % groups == 0, "groups", f"divide out_channels={out_channels}", groups)
-        seed = fresh_seed() if seed is None else seed
-        if isinstance(pattern, str):
-            reach = tuple(2 * n + 1 for n in k) if extent is None else ntuple(extent, self.RANK, "extent")
-            offsets = draw_offsets(pattern, k, reach, in_channels, groups, seed)
-        else:
-            offsets, reach = self._custom(pattern, k, extent, in_channels)
-        super().__init__(  # type: ignore[call-arg]
-            in_channels,
-            out_channels,
-            k,
-            steps,
-            pads,
-            spread,
-            False,
-            (0,) * self.RANK,
-            groups,
-            bias,
-            padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self.extent = reach
-        self.pattern = pattern if isinstance(pattern, str) else "custom"
-        self.register_buffer("offsets", offsets.to(device=self.weight.device))
-        self._taps = read_taps(offsets)
-        self._planned: tuple[Any, tuple[Plan, ...], Pairs, Pairs] | None = None
-
-    @classmethod
-    def _custom(
-        cls, offsets: Tensor, k: tuple[int, ...], extent: Size | None, in_channels: int
-    ) -> tuple[Tensor, tuple[int, ...]]:
-        """Check offsets of the user's own; the extent defaults to that of the smallest window that holds them."""
-        offsets = check_offsets(offsets, math.prod(k), cls.RANK)
-        rule = f"have no more groups than the {in_channels} input channels"
-        require(len(offsets) <= in_channels, "pattern", rule, len(offsets))
-        low = (-offsets).amax((0, 1)).tolist()
-        high = offsets.amax((0, 1)).tolist()
-        # The window of extent S = k + e begins e//2 cells before the dense taps and ends e − e//2 after them.
-        needed = [
-            n + max(2 * max(0, lo - (n - 1) // 2), 2 * max(0, hi - n // 2) - 1, 0)
-            for n, lo, hi in zip(k, low, high, strict=True)
-        ]
-        needed = [s + (s - n) % 2 for s, n in zip(needed, k, strict=True)]
-        if extent is None:
-            return offsets, tuple(needed)
-        reach = ntuple(extent, cls.RANK, "extent")
-        cells = patterns.window(k, reach)
-        inside = ((offsets >= cells[0]) & (offsets <= cells[-1])).all(-1)
-        require(
-            bool(inside.all()),
-            "pattern",
-            f"keep its offsets in the window of extent {reach}",
-            offsets[~inside].tolist(),
-        )
-        return offsets, reach
-
-    def _layout(self) -> tuple[tuple[Plan, ...], Pairs, Pairs]:
-        """Return the plans, the padding they work with, and what to add to the image before: (before, after) per axis."""
-        key = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        if self._planned is None or self._planned[0] != key:
-            pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
-            added: Pairs = ((0, 0),) * self.RANK
-            if self.padding_mode != "zeros":
-                offsets = [tap for group in self._taps for tap in group]
-                added = tuple(zip(*reach(offsets, self.kernel_size, pads, self.dilation), strict=True))
-                pads = tuple((low - a, high - b) for (low, high), (a, b) in zip(pads, added, strict=True))
-            plans = make_plans(
-                self._taps, self.in_channels, self.kernel_size, self.stride, pads, self.dilation, self.groups
-            )
-            self._planned = (key, plans, pads, added)
-        return self._planned[1:]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve ``input``, (batch, in, *spatial) or (in, *spatial)."""
-        plans, pads, added = self._layout()
-        wide = extend(input, added, self.padding_mode)
-        return apply_plans(wide, self.weight, self.bias, plans, pads)
-
-
-class SparseConv1d(_SparseConv):
-    """`SparseConv2d` with one spatial axis."""
 
     RANK = 1
     DENSE = nn.Conv1d
 
+    @classmethod
+    def from_conv1d(
+        cls, conv: nn.Conv1d, *, extent: Size | None = None, pattern: str | Tensor = "mixed", seed: int | None = None
+    ) -> SparseConv1d:
+        """Return a sparse layer that shares the parameters of ``conv``; see `SparseConv2d.from_conv2d`."""
+        return cls._from_dense(conv, extent, pattern, seed)  # type: ignore[no-any-return]
 
-class SparseConv2d(_SparseConv):
-    """2-D."""
+    def to_conv1d(self) -> nn.Conv1d:
+        """Return the exact dense twin; see `SparseConv2d.to_conv2d`."""
+        return self._to_dense()  # type: ignore[no-any-return]
+
+
+class SparseConv2d(SparseConv):
+    """A convolution whose taps are not a grid: the field of view of a wide kernel for the price of a small one.
+
+    Takes all arguments of ``nn.Conv2d``, in the same order, and has its weights, its initialisation (the same numbers
+    after the same ``torch.manual_seed``) and its output size. Each output reads ``kernel_size`` taps from every input
+    channel, like ``nn.Conv2d``, but groups of input channels read them at different places in a window of side
+    ``extent``. Luo et al. (2016, section 4) propose such connections to widen the effective receptive field;
+    `widerf.functional.sparse_conv2d` has the equation.
+
+    *What lies outside the image.* ``padding`` is meant for the small kernel: it fixes the output size. The layer
+    behaves as a dense convolution of ``extent`` taps with padding ``padding + dilation·(extent − kernel_size)/2``, so
+    the window may always hang over the border, even with ``padding=0``, and may be larger than the image. With
+    ``padding_mode="zeros"`` taps out there read zeros. With the other modes they read the image continued in that mode,
+    as far as the window reaches: reflected again and again, repeated, or its border pixel.
+
+    *Even sizes.* The window has the kernel's centre; if ``extent − kernel_size`` is odd it reaches one cell further
+    on the high side. "same" pads as ``nn.Conv2d`` does, the odd pixel on the high side.
+
+    *Checkpoints.* The state dict has ``offsets`` beside weight and bias. The checkpoint of an ``nn.Conv2d`` loads as
+    it is,
+    strictly: the layer keeps its own offsets, and weight ``[o, c, i, j]`` serves the tap that `patterns.match_dense`
+    has made the partner of dense tap (i, j).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: taps per axis.
+        stride: output step, in pixels.
+        padding: pixels on each side, "same" or "valid", as for a dense kernel of this size.
+        dilation: pixels between neighbouring cells of the window.
+        groups: blocks of connections; ``in_channels`` for a depthwise layer, whose channels then take turns in the
+            patterns.
+        bias: whether to add a learned bias.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        device: where the parameters live.
+        dtype: of the parameters.
+        extent: side of the window, in cells, per axis; at least ``kernel_size``, and equal to it for ``nn.Conv2d``
+            itself. Default 2k + 1. It should not exceed the map.
+        pattern: "mixed" (half of the channels keep the dense kernel, the other half partition the window), "partition",
+            "centered", "gaussian", "random", "grid" (dilated), or offsets of your own: integers (pattern groups,
+            taps, 2).
+        seed: of the pattern; by default it follows from torch's global generator, which is not advanced.
+
+    Attributes:
+        weight: (out, in/groups, kH, kW), as in ``nn.Conv2d``.
+        offsets: int64 buffer (pattern groups, kH·kW, 2); input channel c belongs to pattern group ⌊c·groups/in⌋.
+        extent: side of the window per axis.
+
+    Raises:
+        TypeError: if a size is not an integer, or offsets are not.
+        ValueError: if an argument breaks a rule named in the message.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> layer = SparseConv2d(36, 36, 3, stride=2, padding=1, extent=9)
+        >>> layer.weight.shape, layer.offsets.shape
+        (torch.Size([36, 36, 3, 3]), torch.Size([18, 9, 2]))
+        >>> x = torch.randn(1, 36, 17, 17)
+        >>> torch.allclose(layer(x), layer.to_conv2d()(x), atol=1e-5)
+        True
+        >>> layer.load_state_dict(nn.Conv2d(36, 36, 3).state_dict())
+        <All keys matched successfully>
+    """
 
     RANK = 2
     DENSE = nn.Conv2d
 
+    @classmethod
+    def from_conv2d(
+        cls, conv: nn.Conv2d, *, extent: Size | None = None, pattern: str | Tensor = "mixed", seed: int | None = None
+    ) -> SparseConv2d:
+        """Return a sparse layer that shares the parameters of ``conv``, each weight at its partner tap.
 
-class SparseConv3d(_SparseConv):
-    """`SparseConv2d` with three spatial axes."""
+        Parameters are shared, not copied: an optimiser that holds them goes on.
+
+        Raises:
+            TypeError: if ``conv`` is not a plain ``nn.Conv2d``: a subclass with its own forward, a weight that is
+                computed (weight norm), or hooks, none of which would carry over.
+
+        Example:
+            >>> conv = nn.Conv2d(8, 8, 3, padding=1)
+            >>> sparse = SparseConv2d.from_conv2d(conv, extent=3)
+            >>> x = torch.randn(1, 8, 6, 6)
+            >>> torch.allclose(conv(x), sparse(x), atol=1e-5)
+            True
+        """
+        return cls._from_dense(conv, extent, pattern, seed)  # type: ignore[no-any-return]
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """Return the exact dense twin, an ``nn.Conv2d`` of ``extent`` taps per axis.
+
+        It has one tap more if ``extent − kernel_size`` is odd.
+
+        The weights are copied. With a ``padding_mode`` other than "zeros" the twin refuses images smaller than its
+        padding, as every ``nn.Conv2d`` does.
+
+        Example:
+            >>> SparseConv2d(4, 8, 3, padding=1, extent=9).to_conv2d()
+            Conv2d(4, 8, kernel_size=(9, 9), stride=(1, 1), padding=(4, 4))
+        """
+        return self._to_dense()  # type: ignore[no-any-return]
+
+
+class SparseConv3d(SparseConv):
+    """`SparseConv2d` with three spatial axes, for ``nn.Conv3d``.
+
+    Example:
+        >>> SparseConv3d(4, 2, 3, padding=1, extent=5)(torch.randn(1, 4, 6, 6, 6)).shape
+        torch.Size([1, 2, 6, 6, 6])
+    """
 
     RANK = 3
     DENSE = nn.Conv3d
+
+    @classmethod
+    def from_conv3d(
+        cls, conv: nn.Conv3d, *, extent: Size | None = None, pattern: str | Tensor = "mixed", seed: int | None = None
+    ) -> SparseConv3d:
+        """Return a sparse layer that shares the parameters of ``conv``; see `SparseConv2d.from_conv2d`."""
+        return cls._from_dense(conv, extent, pattern, seed)  # type: ignore[no-any-return]
+
+    def to_conv3d(self) -> nn.Conv3d:
+        """Return the exact dense twin; see `SparseConv2d.to_conv2d`."""
+        return self._to_dense()  # type: ignore[no-any-return]
