@@ -156,7 +156,11 @@ Outcome = tuple[list[Tensor | None], Jump]
 Rule = Callable[[Step, dict[str, Any], dict[int, Tensor], list[Any], Jump], Outcome]
 
 
-def _pointwise(_: Step, __: dict[str, Any], reaches: dict[int, Tensor], shapes: list[Any], jump: Jump) -> Outcome:
+def _pointwise(
+    step: Step, arguments: dict[str, Any], reaches: dict[int, Tensor], shapes: list[Any], jump: Jump
+) -> Outcome:
+    if step.name == "where":  # a choice, not a union
+        return _moves(step, arguments, {i: r.contiguous() for i, r in reaches.items()}, shapes, jump)
     union = _union(list(reaches.values()), shapes[0])
     return [union if shape == shapes[0] else None for shape in shapes], jump
 
@@ -192,7 +196,7 @@ def _moves(step: Step, arguments: dict[str, Any], reaches: dict[int, Tensor], sh
 def _with_empty_constants(step: Step, leaves: dict[int, Tensor]) -> dict[int, Tensor]:
     """Constants that are joined to boxes (a class token, zeros to be filled) see nothing."""
     filled = dict(leaves)
-    if step.name in ("cat", "stack", "copy", "slice_scatter", "select_scatter", "index_put"):
+    if step.name in ("cat", "stack", "copy", "slice_scatter", "select_scatter", "index_put", "where"):
         for i, leaf in enumerate(step.leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and i not in filled:
                 filled[i] = torch.full_like(leaf, _EMPTY, dtype=torch.float32)
@@ -278,7 +282,14 @@ def _window(
         for tap in taps[1:]:
             union = torch.minimum(union, tap)
         reach = union
-    return [reach], tuple(j * s for j, s in zip(jump, stride, strict=True))
+    return [reach], _scaled(jump, [float(s) for s in stride])
+
+
+def _scaled(jump: Jump, factors: list[float]) -> Jump:
+    """Jump behind a layer on the last axes; one on fewer axes than the image has, on tokens say, tells nothing."""
+    if len(factors) < len(jump):
+        return jump
+    return tuple(j * f for j, f in zip(jump, factors[len(factors) - len(jump) :], strict=True))
 
 
 def _convolution(
@@ -325,7 +336,7 @@ def _transposed(
             out = tap if out is None else torch.minimum(out, tap)
         assert out is not None and n > 0
         reach = out
-    return reach, tuple(j / s for j, s in zip(jump, stride, strict=True))
+    return reach, _scaled(jump, [1 / s for s in stride])
 
 
 def _per_axis(value: Any, rank: int) -> list[int]:
@@ -337,7 +348,7 @@ def _pooling(
     step: Step, arguments: dict[str, Any], reaches: dict[int, Tensor], shapes: list[Any], jump: Jump
 ) -> Outcome:
     (reach,) = reaches.values()
-    rank = len(jump)
+    rank = _rank(step)
     kernel = _per_axis(arguments["kernel_size"], rank)
     stride = _per_axis(arguments["stride"] or kernel, rank)
     padding = _per_axis(arguments["padding"], rank)
@@ -350,7 +361,7 @@ def _resampling(
     step: Step, arguments: dict[str, Any], reaches: dict[int, Tensor], shapes: list[Any], jump: Jump
 ) -> Outcome:
     (reach,) = reaches.values()
-    rank = len(jump)
+    rank = _rank(step)
     sizes = reach.shape[-rank:]
     if step.name == "adaptive_max_pool2d":
         matrices = [_adaptive(n, m) for n, m in zip(sizes, shapes[0][-rank:], strict=True)]
@@ -366,7 +377,12 @@ def _resampling(
         for tap in taken[1:]:
             union = torch.minimum(union, tap)
         reach = union
-    return [reach], tuple(j * n / m for j, n, m in zip(jump, sizes, shapes[0][-rank:], strict=True))
+    return [reach], _scaled(jump, [n / m for n, m in zip(sizes, shapes[0][-rank:], strict=True)])
+
+
+def _rank(step: Step) -> int:
+    """Spatial axes that an operator such as ``max_pool2d_with_indices`` works on."""
+    return int(next(c for c in step.name if c.isdigit()))
 
 
 def _adaptive(n: int, m: int) -> Tensor:
