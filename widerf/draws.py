@@ -52,7 +52,7 @@ def std_of(base: str, kernel: Kernel, cell: Cell, channels: tuple[int, int]) -> 
     """
     fan_in = channels[0] * math.prod(cell.size)
     fan_out = channels[1] * math.prod(kernel.kernel_size)
-    return math.sqrt(2.0 / fan_in) if base.startswith("kaiming") else math.sqrt(2.0 / (fan_in + fan_out))
+    return math.sqrt(2.0) / math.sqrt(fan_in) if base.startswith("kaiming") else math.sqrt(2.0 / (fan_in + fan_out))
 
 
 @torch.no_grad()

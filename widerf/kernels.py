@@ -209,7 +209,7 @@ def select(kernels: Sequence[Kernel], model: nn.Module, selector: Selector, argu
         TypeError: if an entry is neither a string nor a module class.
         ValueError: if an entry picks no convolution: a misspelt name would else pass in silence.
     """
-    entries = [selector] if isinstance(selector, (str, type)) else list(selector or ())
+    entries = list(selector) if isinstance(selector, (list, tuple, set, frozenset)) else [selector]
     modules = dict(model.named_modules())
     picked: set[str] = set()
     for entry in entries:
