@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from widerf.layout import Piece, Plan, slices
 
@@ -272,6 +273,16 @@ for _cls in (_Columns, _GradInput, _GradWeight):
     _cls.jvp = staticmethod(_jvp_of(_cls))  # type: ignore[method-assign]
 
 
+def watched() -> bool:
+    """Whether somebody follows the operators one by one: a compiler, an exporter, a tracer, a counter of operations.
+
+    They get operators that hold no memory from one call to the next.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return _get_current_dispatch_mode() is not None
+
+
 def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int]) -> Tensor:
     piece = plan.piece
     if piece.corner is not None and piece.spacing is not None:
@@ -279,7 +290,7 @@ def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, 
         dilation = tuple(d * g for d, g in zip(plan.dilation, piece.spacing, strict=True))
         part = _pad(x, plan)[slices(plan, size, piece.corner, piece.spacing)]
         return convolution(part, weight, bias, plan.stride, 0, dilation, plan.groups)
-    y = plain(x, weight, plan, size) if torch.compiler.is_compiling() else _Columns.apply(x, weight, plan, tuple(size))
+    y = plain(x, weight, plan, size) if watched() else _Columns.apply(x, weight, plan, tuple(size))
     return y if bias is None else y + bias.view(-1, *(1,) * len(size))
 
 

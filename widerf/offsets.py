@@ -83,5 +83,7 @@ def check_pattern(value: Any, kernel_size: Sequence[int], extent: Sequence[int],
 
 def averaged(new: Taps, old: Taps) -> bool:
     """Whether ``new`` is what a running average makes of ``old``: integers truncated to the next one towards zero."""
+    if len(new) != len(old):
+        return False
     pairs = zip(itertools.chain(*itertools.chain(*new)), itertools.chain(*itertools.chain(*old)), strict=True)
     return all(n in (o, o - (o > 0) + (o < 0)) for n, o in pairs)

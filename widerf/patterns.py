@@ -21,6 +21,23 @@ from torch import Generator, Tensor
 
 from widerf._checks import require, require_known
 from widerf.geometry import ntuple, tap_coordinates
+from widerf.stack import Coverage, coverage
+
+__all__ = [
+    "NAMED",
+    "Coverage",
+    "centered",
+    "coverage",
+    "dense_taps",
+    "gaussian",
+    "grid",
+    "match_dense",
+    "mixed",
+    "natural_groups",
+    "partition",
+    "random",
+    "window",
+]
 
 Size = int | Sequence[int]
 Pattern = Callable[..., Tensor]

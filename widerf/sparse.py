@@ -11,6 +11,7 @@ class SparseConv1d(SparseConv):
     """`SparseConv2d` with one spatial axis, for ``nn.Conv1d``.
 
     Example:
+        >>> import torch
         >>> SparseConv1d(8, 8, 3, padding="same", extent=9)(torch.randn(2, 8, 20)).shape
         torch.Size([2, 8, 20])
     """
@@ -83,6 +84,7 @@ class SparseConv2d(SparseConv):
         ValueError: if an argument breaks a rule named in the message.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> layer = SparseConv2d(36, 36, 3, stride=2, padding=1, extent=9)
         >>> layer.weight.shape, layer.offsets.shape
@@ -110,6 +112,7 @@ class SparseConv2d(SparseConv):
                 computed (weight norm), or hooks, none of which would carry over.
 
         Example:
+            >>> import torch
             >>> conv = nn.Conv2d(8, 8, 3, padding=1)
             >>> sparse = SparseConv2d.from_conv2d(conv, extent=3)
             >>> x = torch.randn(1, 8, 6, 6)
@@ -137,6 +140,7 @@ class SparseConv3d(SparseConv):
     """`SparseConv2d` with three spatial axes, for ``nn.Conv3d``.
 
     Example:
+        >>> import torch
         >>> SparseConv3d(4, 2, 3, padding=1, extent=5)(torch.randn(1, 4, 6, 6, 6)).shape
         torch.Size([1, 2, 6, 6, 6])
     """

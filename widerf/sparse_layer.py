@@ -146,11 +146,7 @@ class SparseConv(_ConvNd):
         taps = read_taps(offsets)
         if taps != self._taps:
             in_place = self._mark is not None and mark[0] == self._mark[0]
-            if (
-                in_place
-                and offsets.shape == torch.Size((len(self._taps), *self.offsets.shape[1:]))
-                and averaged(taps, self._taps)
-            ):
+            if in_place and averaged(taps, self._taps):
                 offsets.copy_(torch.tensor(self._taps))
                 mark = (mark[0], offsets._version)
             else:
