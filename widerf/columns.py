@@ -278,7 +278,7 @@ def watched() -> bool:
 
     They get operators that hold no memory from one call to the next.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return _get_current_dispatch_mode() is not None
 
