@@ -296,9 +296,10 @@ def _silence(model: nn.Module) -> str:
     silent = silent_branches(model)
     if not silent:
         return ""
+    names = listed(list(silent))
     return (
-        f"{len(silent)} residual branches are (nearly) silent at these weights ({listed(list(silent))}): what the
-        sparse " "layers in them do to the ERF shows only as they are trained"
+        f"{len(silent)} residual branches are (nearly) silent at these weights ({names}): "
+        "what the sparse layers in them do to the ERF shows only as they are trained"
     )
 
 
