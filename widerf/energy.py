@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.operators import axis_matrices, kind_of, reduced_dims
-from widerf.trace import Step, Tape
+from widerf.common_mode import Flow, batch_statistics, split_common
+from widerf.operators import Kind, axis_matrices, kind_of
+from widerf.trace import Step, Tape, transposed_jacobian
 
 _LARGE, _SMALL = 1e12, 1e-12  # energies are brought back to 1 when they leave this range: deep stacks would overflow
 
@@ -50,42 +51,51 @@ class _Pass:
                 joints.update(step.inputs.values())
         # Between joints only element-wise operators lie: what is not a joint is differentiated within its group.
         self.joints = joints
+        self.follow_common = any(batch_statistics(step, tape) for step in self.steps)
 
     def run(self, energy: Tensor) -> Tensor:
-        energies: dict[int, Tensor] = {self.tape.target: energy}
+        flows: dict[int, Flow] = {self.tape.target: Flow(energy)}
         for step in reversed(self.steps):
-            outputs = [energies.pop(out, None) if out is not None else None for out in step.outputs]
+            outputs = [flows.pop(out, None) if out is not None else None for out in step.outputs]
             if all(out is None for out in outputs):
                 continue
             kind = kind_of(step.op)
             if kind is None:
                 raise step.untreated("predict")
-            for value, part in self._rule(step, kind, outputs):
-                energies[value] = energies[value] + part if value in energies else part
+            for value, part in (
+                self._pointwise(step, outputs) if kind == "pointwise" else self._rule(step, kind, outputs)
+            ):
+                flows[value] = flows[value].joined(part) if value in flows else part
             if kind in ("convolution", "matmul", "normalisation"):
-                _rescale(energies)
-        return energies.get(0, torch.zeros_like(self.tape.values[0]))
+                _rescale(flows)
+        return flows[0].total() if 0 in flows else torch.zeros_like(self.tape.values[0])
 
-    def _rule(self, step: Step, kind: str, outputs: list[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
-        if kind == "pointwise":
-            assert outputs[0] is not None
-            yield from self._pointwise(step, outputs[0])
-            return
+    def _rule(self, step: Step, kind: Kind, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
         arguments = step.arguments(self.tape.values)
         inputs = {position: self.tape.values[value] for position, value in step.inputs.items()}
-        for position, part in _RULES[kind](step, arguments, inputs, outputs):
-            yield step.inputs[position], part
+        energies = [None if flow is None else flow.energy for flow in outputs]
+        if self.follow_common:
+            commons = [None if flow is None else flow.common for flow in outputs]
+            energies, parts = split_common(step, kind, arguments, inputs, energies, commons)
+            for position, flow in parts:
+                yield step.inputs[position], flow
+        if any(energy is not None for energy in energies):
+            for position, part in _RULES[kind](step, arguments, inputs, energies):
+                yield step.inputs[position], Flow(part)
 
-    def _pointwise(self, root: Step, energy: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _pointwise(self, root: Step, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
+        flow = outputs[0]
+        assert flow is not None
         group = self._group(root)
         inner = {out for step in group for out in step.outputs if out is not None}
         sources = sorted({value for step in group for value in step.inputs.values()} - inner)
+        shapes = {value: self.tape.values[value].shape for value in sources}
         if len(group) == 1 and _is_plain_sum(root):
-            for value in root.inputs.values():
-                yield value, energy.sum_to_size(self.tape.values[value].shape)
+            for value in sources:
+                yield value, flow.times(None, shapes[value])
             return
         with torch.enable_grad():
-            tensors = {v: self.tape.values[v].detach().expand(energy.shape).requires_grad_() for v in sources}
+            tensors = {v: self.tape.values[v].detach().expand(flow.energy.shape).requires_grad_() for v in sources}
             known = dict(tensors)
             for step in group:
                 outs = step.call({position: known[value] for position, value in step.inputs.items()})
@@ -96,7 +106,7 @@ class _Pass:
             derivatives = torch.autograd.grad(last.sum(), list(tensors.values()), allow_unused=True)
         for value, derivative in zip(sources, derivatives, strict=True):
             if derivative is not None:
-                yield value, (derivative.square() * energy).sum_to_size(self.tape.values[value].shape)
+                yield value, flow.times(derivative, shapes[value])
 
     def _group(self, root: Step) -> list[Step]:
         """The element-wise operators that lead to ``root`` from the nearest joints, in order."""
@@ -122,11 +132,11 @@ def _is_plain_sum(step: Step) -> bool:
     return step.name == "add" and not scaled and len(set(values)) == len(values)
 
 
-def _rescale(energies: dict[int, Tensor]) -> None:
-    largest = max((float(e.detach().max()) for e in energies.values()), default=1.0)
+def _rescale(flows: dict[int, Flow]) -> None:
+    largest = max((float(flow.energy.max()) for flow in flows.values()), default=1.0)
     if largest > 0 and not _SMALL < largest < _LARGE:
-        for value in energies:
-            energies[value] = energies[value] / largest
+        for value, flow in flows.items():
+            flows[value] = flow.scaled(1 / largest)
 
 
 # ── rules: (step, arguments, tracked inputs, energies of the outputs) → (position of a tracked leaf, its energy) ─────────
@@ -135,27 +145,9 @@ Parts = Iterator[tuple[int, Tensor]]
 Rule = Callable[[Step, dict[str, Any], dict[int, Tensor], list[Tensor | None]], Parts]
 
 
-def _transposed_jacobian(step: Step, inputs: dict[int, Tensor], cotangents: list[Tensor | None]) -> dict[int, Tensor]:
-    """Jᵀ times a cotangent per output, at the recorded inputs."""
-    with torch.enable_grad():
-        tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
-        outs = step.call(tensors)
-        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
-        if not pairs:
-            return {}
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            list(tensors.values()),
-            [c.expand_as(o) for o, c in pairs],
-            allow_unused=True,
-            create_graph=any(c.requires_grad for _, c in pairs),  # the pass itself may be differentiated
-        )
-    return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
-
-
 def _moves(step: Step, _: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
     """Entries of J are 0 and 1, their own squares."""
-    yield from _transposed_jacobian(step, inputs, outputs).items()
+    yield from transposed_jacobian(step, inputs, outputs).items()
 
 
 def _reduction(step: Step, _: dict[str, Any], inputs: dict[int, Tensor], outputs: list[Tensor | None]) -> Parts:
@@ -165,9 +157,9 @@ def _reduction(step: Step, _: dict[str, Any], inputs: dict[int, Tensor], outputs
             continue
         alone: list[Tensor | None] = [None] * len(outputs)
         alone[index] = torch.ones_like(energy)
-        slopes = _transposed_jacobian(step, inputs, alone)
+        slopes = transposed_jacobian(step, inputs, alone)
         alone[index] = energy
-        for position, part in _transposed_jacobian(step, inputs, alone).items():
+        for position, part in transposed_jacobian(step, inputs, alone).items():
             yield position, slopes[position] * part
 
 

@@ -9,7 +9,7 @@ walks it backwards with energies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +83,26 @@ class Step:
     def untreated(self, purpose: str) -> UntreatedOperatorError:
         """The error for an operator that ``purpose`` has no rule for."""
         return UntreatedOperatorError(f"{purpose} has no rule for operator {self.op} in module {self.module!r}")
+
+
+def transposed_jacobian(
+    step: Step, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """Jᵀ times a cotangent per output, at the given inputs: position of a leaf → product."""
+    with torch.enable_grad():
+        tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
+        outs = step.call(tensors)
+        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(tensors.values()),
+            [c.expand_as(o) for o, c in pairs],
+            allow_unused=True,
+            create_graph=any(c.requires_grad for _, c in pairs),  # the product itself may be differentiated
+        )
+    return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
 
 
 @dataclass
