@@ -2,8 +2,8 @@
 
 ``python -m experiments.timm_init`` writes ``docs/results/timm_init.csv`` row by row (models that are there already are
 skipped, so that a run can be broken off) and sums it up in ``docs/results/timm_init.md``. For each model, seed 0:
-``widerf.init.apply(model, 0.5)``, one forward pass on noise before and after, a verdict for every convolution that the model
-holds, and the state dict's keys, dtypes, devices, strides and ``requires_grad`` compared.
+``widerf.init.apply(model, 0.5)``, one forward pass on noise before and after, a verdict for every convolution that
+the model holds, and the state dict's keys, dtypes, devices, strides and ``requires_grad`` compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def description(model: nn.Module) -> dict[str, Any]:
 
 
 def _convolutions(model: nn.Module) -> list[str]:
-    """Return the modules that hold a convolution weight, found without the library: by name of class or by base class."""
+    """Return the modules that hold a convolution weight, found without the library."""
     return [
         name
         for name, module in model.named_modules()
@@ -46,7 +46,7 @@ def _convolutions(model: nn.Module) -> list[str]:
 
 
 def _energies(model: nn.Module) -> dict[str, float]:
-    named = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2]
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim >= 3 or name.endswith("conv.weight")]
     return {name: float(p.detach().double().square().sum()) for name, p in named}
 
 
@@ -109,14 +109,15 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
         "# The initialiser over timm",
         "",
         f"One small model for each of the {len(rows)} modules under `timm.models`, seed 0, "
-        f"`widerf.init.apply(model, {STRENGTH})`: {len(held)} passed in every column, {len(none)} hold no convolution and say so, "
-        f"{len(rows) - len(held) - len(none)} did not pass. In all {sum(int(r['convolutions'] or 0) for r in rows)} convolutions, "
+        f"`widerf.init.apply(model, {STRENGTH})`: {len(held)} passed in every column, {len(none)} hold no convolution "
+        f"and say so, {len(rows) - len(held) - len(none)} did not pass. In all "
+        f"{sum(int(r['convolutions'] or 0) for r in rows)} convolutions, "
         f"{sum(int(r['widened'] or 0) for r in rows)} of them widened.",
         "",
-        "Passed: `apply` works, the forward pass is finite before and after, every convolution has a verdict, and keys, dtypes, "
-        "devices, shapes, strides and `requires_grad` of the state dict are unchanged. *Σw² off* is the largest relative change of "
-        "the sum of squares of any weight tensor. Made by `python -m experiments.timm_init`; all columns are in "
-        "[timm_init.csv](timm_init.csv).",
+        "Passed: `apply` works, the forward pass is finite before and after, every convolution has a verdict, and "
+        "keys, dtypes, devices, shapes, strides and `requires_grad` of the state dict are unchanged. *Σw² off* is the "
+        "largest relative change of Σw² of any convolution. Made by `python -m experiments.timm_init`; all columns "
+        "are in [timm_init.csv](timm_init.csv).",
         "",
         "| module | model | input | convolutions | widened | passed | Σw² off | verdicts |",
         "|---|---|---|---|---|---|---|---|",
@@ -138,7 +139,8 @@ def main() -> None:
     rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
     rows = [row for row in rows if row["module"] not in (arguments.only or ())]
     done = {row["module"] for row in rows}
-    for small in tqdm([small for small in read() if small.module not in done], unit="model", disable=None):
+    todo = sorted((small for small in read() if small.module not in done), key=lambda small: small.parameters)
+    for small in tqdm(todo, unit="model", disable=None):
         rows.append(_as_text(look_at(small)))
         rows.sort(key=lambda row: row["module"])
         with table.open("w", encoding="utf-8", newline="") as stream:

@@ -108,3 +108,85 @@ def divergence(profile: Tensor) -> float:
     """KL(profile ‖ uniform) in nats."""
     v = profile.double().flatten()
     return float(torch.special.xlogy(v, v * v.numel()).sum())
+
+
+def continued(x: Tensor, margin: int, mode: str) -> Tensor:
+    """Spatial axes of (batch, channels, *spatial) continued by ``margin`` on each side, index by index."""
+
+    def index(i: int, n: int) -> int | None:
+        if mode == "zeros":
+            return i if 0 <= i < n else None
+        if mode == "replicate":
+            return min(max(i, 0), n - 1)
+        if mode == "circular":
+            return i % n
+        while not 0 <= i < n:  # reflect at the border pixels as often as it takes
+            i = -i if i < 0 else 2 * (n - 1) - i
+            if n == 1:
+                i = 0
+        return i
+
+    for axis in range(2, x.dim()):
+        n = x.shape[axis]
+        rows = [index(i, n) for i in range(-margin, n + margin)]
+        parts = [x.narrow(axis, r, 1) if r is not None else torch.zeros_like(x.narrow(axis, 0, 1)) for r in rows]
+        x = torch.cat(parts, axis)
+    return x
+
+
+def scattered_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """The framework's dense convolution with the kernel in which each weight lies in the cell of its tap."""
+    rank = weight.dim() - 2
+    batched = x if x.dim() == rank + 2 else x[None]
+    k = weight.shape[2:]
+
+    def axes(value: Any) -> tuple[int, ...]:
+        return (value,) * rank if isinstance(value, int) else tuple(value)
+
+    s, d = axes(stride), axes(dilation)
+    low = [0] * rank
+    high = [0] * rank
+    if padding == "same":
+        low = [d[i] * (k[i] - 1) // 2 for i in range(rank)]
+        high = [d[i] * (k[i] - 1) - low[i] for i in range(rank)]
+    elif padding != "valid":
+        low = high = list(axes(padding))
+    r = int(offsets.abs().max()) + max(k)
+    dense = weight.new_zeros(*weight.shape[:2], *[2 * r + 1] * rank)
+    per_group = weight.shape[1]
+    for o in range(weight.shape[0]):
+        for c in range(per_group):
+            channel = o // (weight.shape[0] // groups) * per_group + c
+            row = offsets[channel * len(offsets) // (per_group * groups)]
+            for t, tap in enumerate(row.tolist()):
+                dense[(o, c, *[r + a for a in tap])] = weight[o, c].flatten()[t]
+    margin = (r + max(k)) * max(d) + max(low)
+    wide = continued(batched, margin, padding_mode)
+    for i in range(rank):
+        start = margin - low[i] + d[i] * ((k[i] - 1) // 2 - r)
+        wide = wide.narrow(2 + i, start, wide.shape[2 + i] - start)
+    convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[rank - 1]
+    y = convolution(wide, dense, bias, s, 0, d, groups)
+    for i in range(rank):
+        n = (batched.shape[2 + i] + low[i] + high[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1
+        y = y.narrow(2 + i, 0, n)
+    return y if x.dim() == rank + 2 else y[0]
+
+
+def minkowski_sum(list_of_offsets: list[Tensor]) -> set[tuple[int, ...]]:
+    """The cells that a stack of tap patterns reaches, by adding up all choices of taps."""
+    cells: set[tuple[int, ...]] = {(0,) * list_of_offsets[0].shape[-1]}
+    for offsets in list_of_offsets:
+        taps = {tuple(tap) for tap in offsets.flatten(0, 1).tolist()}
+        cells = {tuple(a + b for a, b in zip(c, t, strict=True)) for c in cells for t in taps}
+    return cells

@@ -38,7 +38,8 @@ def stack(layers: int, width: int = 8, kernel_size: int = 3, rank: int = 2) -> n
     return nn.Sequential(*itertools.chain.from_iterable((conv, nn.ReLU()) for conv in convs))
 
 
-# ── the profile lands on the weights ────────────────────────────────────────────────────────────────────────────────────
+# ── the profile lands on the weights
+# ────────────────────────────────────────────────────────────────────────────────────
 
 LAYERS = {
     "1-D": lambda: nn.Conv1d(4, 6, 5),
@@ -126,7 +127,8 @@ def test_variance_is_linear_and_monotone_in_strength() -> None:
     assert float(steps.min()) > 0 and torch.allclose(steps, steps.mean().expand(10), rtol=1e-7)
 
 
-# ── the signal ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the signal
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
@@ -196,7 +198,8 @@ def test_no_random_number_is_drawn_without_base() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ── base initialisations ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── base initialisations
+# ────────────────────────────────────────────────────────────────────────────────────────────────
 
 BASES = ["kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal"]
 
@@ -226,7 +229,7 @@ def test_fans_are_those_of_the_layer(kind: type[nn.Module], groups: int) -> None
     per_group = (64 // groups, 128 // groups)
     for base, fan in (("kaiming_normal", per_group[0] * 25), ("xavier_normal", sum(per_group) * 25)):
         apply(nn.Sequential(layer), 0.0, base=base)
-        assert float(layer.weight.square().mean()) == pytest.approx(2 / fan, rel=0.1)
+        assert float(layer.weight.detach().square().mean()) == pytest.approx(2 / fan, rel=0.1)
 
 
 def test_orthogonal_is_orthogonal_in_every_group() -> None:
@@ -258,7 +261,8 @@ def test_a_base_that_fails_midway_leaves_the_model_as_it_was() -> None:
     assert [entry for entry in fingerprint(model) if "_widerf" not in str(entry[1])] == before
 
 
-# ── what is left alone, and refusals ────────────────────────────────────────────────────────────────────────────────────
+# ── what is left alone, and refusals
+# ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_layer_has_its_verdict() -> None:
@@ -286,7 +290,10 @@ def test_dirac_zero_and_broken_weights_are_left_alone_and_told() -> None:
     assert [row.verdict.split(":")[1].split("(")[0].strip() for row in report] == [
         "empty periphery", "all its weights are zero", "its weights are not finite",
     ]  # fmt: skip
-    assert all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(before.values(), model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) or bool(a.isnan().any())
+        for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
     assert any("Dirac" in text for text in report.warnings)
 
 
@@ -379,7 +386,8 @@ def test_memory_format_and_identity_of_parameters_are_kept() -> None:
     assert all(p is q and s == q.stride() and d == q.data_ptr() for (p, s, d), q in zip(parameters, now, strict=True))
 
 
-# ── calling it again ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── calling it again
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_strength_is_a_state_that_the_last_call_sets() -> None:
@@ -430,7 +438,8 @@ def test_from_strength_one_only_a_draw_leads_back() -> None:
     assert bool((model[0].weight != 0).all())
 
 
-# ── the whole network ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the whole network
+# ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_target_is_reached_as_predicted() -> None:
@@ -500,7 +509,8 @@ def test_border_loss_of_one_layer_is_what_a_forward_pass_loses() -> None:
     assert row.border_after > row.border_before > 0
 
 
-# ── warnings and the report ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── warnings and the report
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_silent_branches_are_told() -> None:
@@ -516,7 +526,7 @@ def test_silent_branches_are_told() -> None:
     model = nn.Sequential(Block(), Block())
     nn.init.zeros_(model[1].norm.weight)
     (warning,) = apply(model, 0.5).warnings
-    assert "silent at initialisation: 0.gamma, 1.gamma, 1.norm.weight is at most 1e-06" in warning
+    assert "silent at initialisation: 0.gamma, 1.gamma, 1.norm.weight have scale 1e-06 at most" in warning
 
 
 def test_strength_above_three_quarters_warns_of_reach_and_aliasing() -> None:

@@ -146,7 +146,7 @@ def test_dry_run_and_look_leave_every_bit(make: Callable[[], nn.Module]) -> None
 @pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED.keys())
 def test_base_draws_the_convolved_weight(make: Callable[[], nn.Module]) -> None:
     layer = make()
-    (row,) = apply(nn.Sequential(layer), 0.5, base=lambda w: nn.init.normal_(w), generator=None)
+    (row,) = apply(nn.Sequential(layer), 0.5, base=nn.init.normal_)
     assert row.widened
     assert (shares(convolved(layer, torch.randn(1, 8, 5, 5))) - soft_corners((3, 3), 0.5)).abs().max() < 0.12
 
@@ -206,7 +206,8 @@ def test_an_unknown_hook_is_told() -> None:
     assert apply(nn.Sequential(layer), 0.5)[0].verdict.startswith("left alone: its weight is not a parameter")
 
 
-# ── timm's own layers ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── timm's own layers
+# ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_expert_of_cond_conv_is_widened() -> None:
@@ -245,7 +246,8 @@ def test_a_plain_residual_network_is_not_called_reparametrised() -> None:
     assert not any("undone" in row.verdict for row in apply(timm.create_model("levit_128s"), 0.5))
 
 
-# ── taps that are no grid ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── taps that are no grid
+# ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -16,6 +16,22 @@ _STRONG = 0.75
 _FUSES = ("reparameterize", "fuse", "switch_to_deploy", "reparametrize")
 _BRANCHES = ("identity", "rbr_identity", "skip")
 _BORDER = 0.10
+# Verdicts that call for a warning: how they begin, and what is said of the layers.
+_BY_VERDICT = (
+    (
+        "left alone: empty periphery",
+        "have an empty periphery, as Dirac or delta-orthogonal kernels do; base= draws them anew",
+    ),
+    ("left alone: all its weights are zero", "hold only zeros"),
+    ("left alone: its weights are not finite", "hold NaN or infinity"),
+    (
+        "left alone: at strength 1",
+        "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
+    ),
+    ("left alone: parametrised", "are parametrised in a way that does not keep a profile"),
+    ("left alone: its weight is not", "compute their weight in a way that widerf does not know"),
+    ("frozen", "are frozen and were left alone; name them in only= to change them"),
+)
 
 
 def listed(names: Sequence[str], limit: int = 4) -> str:
@@ -28,11 +44,16 @@ def listed(names: Sequence[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
 
 
+def of_scale(largest: float) -> str:
+    """Return what is said of scales whose largest entry is ``largest``."""
+    return "have scale 0" if largest == 0 else f"have scale {largest:g} at most"
+
+
 def silent_branches(model: nn.Module) -> dict[str, float]:
     """Return the scales that silence a branch: name of norm or layer scale → its largest entry.
 
-    A normalisation whose scale is 0 ends a residual branch that ``zero_init_last`` silences; layer scales of 1e-6 are found
-    by the name of their parameter.
+    A normalisation whose scale is 0 ends a residual branch that ``zero_init_last`` silences; layer scales of 1e-6 are
+    found by the name of their parameter.
     """
     found = {}
     for name, module in model.named_modules():
@@ -54,8 +75,9 @@ def _readable(parameter: Tensor) -> bool:
 def undone(model: nn.Module, kernels: Sequence[Kernel]) -> dict[str, str]:
     """Return the kernels that share a re-parametrised block with narrower branches, and what undoes the widening.
 
-    RepVGG, MobileOne and their kin add a k×k, a 1×1 and an identity branch and fuse them afterwards: the narrow ones put
-    their energy on the centre tap. Such a block is known by its method that fuses, and by a sibling of equal channels.
+    RepVGG, MobileOne and their kin add a k×k, a 1×1 and an identity branch and fuse them afterwards: the narrow ones
+    put their energy on the centre tap. Such a block is known by its method that fuses, and by a sibling of equal
+    channels.
     """
     convolutions = {kernel.name: kernel for kernel in kernels}
     notes: dict[str, str] = {}
@@ -98,26 +120,11 @@ def warnings_of(model: nn.Module, steps: Sequence[Step], rows: Sequence[LayerCha
     silent = silent_branches(model) if chosen else {}
     if silent:
         yield (
-            f"residual branches are silent at initialisation: {listed(list(silent))} is at most {max(silent.values()):g}. "
+            f"residual branches are silent at initialisation: {listed(list(silent))} {of_scale(max(silent.values()))}. "
             "What is widened inside them does not move the network's ERF until training wakes them "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
-    by_verdict = (
-        (
-            "left alone: empty periphery",
-            "have an empty periphery, as Dirac or delta-orthogonal kernels do; base= draws them anew",
-        ),
-        ("left alone: all its weights are zero", "hold only zeros"),
-        ("left alone: its weights are not finite", "hold NaN or infinity"),
-        (
-            "left alone: at strength 1",
-            "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
-        ),
-        ("left alone: parametrised", "are parametrised in a way that does not keep a profile"),
-        ("left alone: its weight is not", "compute their weight in a way that widerf does not know"),
-        ("frozen", "are frozen and were left alone; name them in only= to change them"),
-    )
-    for start, said in by_verdict:
+    for start, said in _BY_VERDICT:
         names = [row.name for row in rows if row.verdict.startswith(start)]
         if names:
             yield f"{listed(names)} {said}."
@@ -126,7 +133,7 @@ def warnings_of(model: nn.Module, steps: Sequence[Step], rows: Sequence[LayerCha
         yield f"{listed(partly)}: narrower branches of the same block put the energy back on the centre tap."
     foreign = [name for name in _foreign(chosen) if name in widened]
     if foreign:
-        yield f"{listed(foreign)}: the class has a forward of its own; its weight is taken to be the kernel as it stands."
+        yield f"{listed(foreign)}: the class has a forward of its own; its weight is taken to be the kernel as it is."
     yield from _of_strength(steps, rows)
 
 
@@ -134,8 +141,8 @@ def _of_strength(steps: Sequence[Step], rows: Sequence[LayerChange]) -> Iterator
     stale = [step.kernel.name for step in steps if "stale" in step.remarks]
     if stale:
         yield (
-            f"{listed(stale)}: widened by an earlier call and changed since (trained, loaded or drawn anew), so what is there "
-            "was widened once more."
+            f"{listed(stale)}: widened by an earlier call and changed since (trained, loaded or drawn anew), so what "
+            "is there was widened once more."
         )
     wide = [step.kernel.name for step in steps if "wide" in step.remarks and "stale" not in step.remarks]
     if wide:
@@ -146,8 +153,8 @@ def _of_strength(steps: Sequence[Step], rows: Sequence[LayerChange]) -> Iterator
     strong = [row.name for row in rows if row.strength is not None and row.strength > _STRONG]
     if strong:
         yield (
-            f"strength above {_STRONG:g} in {listed(strong)}: the inner taps are nearly empty, and at 1 only every second "
-            "pixel is reached; the ERF's std still grows, but fewer pixels are seen and the map aliases."
+            f"strength above {_STRONG:g} in {listed(strong)}: the inner taps are nearly empty, and at 1 only every "
+            "second pixel is reached; the ERF's std still grows, but fewer pixels are seen and the map aliases."
         )
     borders = [(row.border_after, row.border_before, row.name) for row in rows if row.border_after is not None]
     lost = [(after, before or 0.0, name) for after, before, name in borders if after is not None and after > _BORDER]

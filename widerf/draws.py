@@ -1,15 +1,16 @@
 """Base initialisations by name, with the fans that a convolution really has.
 
-``torch.nn.init`` reads fans off the weight's shape, which is right for a plain convolution only. Here fan_in is the number
-of products summed into one output unit, fan_out the number of output units that one input unit enters at stride 1:
+``torch.nn.init`` reads fans off the weight's shape, which is right for a plain convolution only. Here fan_in is the
+number of products summed into one output unit, fan_out the number of output units that one input unit enters at
+stride 1:
 
 | layer | fan_in | fan_out |
 |---|---|---|
 | convolution, n taps, g groups | (in/g)·n | (out/g)·n |
 | transposed convolution | (in/g)·(taps of the output phase) | (out/g)·n |
 
-``torch.nn.init`` has fan_out = out·n for grouped layers, g times too much, and swaps in and out for transposed ones. For an
-ungrouped convolution the draws here are those of ``torch.nn.init`` bit for bit.
+``torch.nn.init`` has fan_out = out·n for grouped layers, g times too much, and swaps in and out for transposed ones.
+For an ungrouped convolution the draws here are those of ``torch.nn.init`` bit for bit.
 """
 
 from __future__ import annotations

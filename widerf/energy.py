@@ -133,7 +133,7 @@ def _is_plain_sum(step: Step) -> bool:
 
 
 def _rescale(flows: dict[int, Flow]) -> None:
-    largest = max((float(flow.energy.max()) for flow in flows.values()), default=1.0)
+    largest = max((float(flow.energy.detach().max()) for flow in flows.values()), default=1.0)
     if largest > 0 and not _SMALL < largest < _LARGE:
         for value, flow in flows.items():
             flows[value] = flow.scaled(1 / largest)

@@ -1,8 +1,8 @@
 """Initialisation that widens the effective receptive field: what to put on each tap, and nothing else.
 
 :func:`apply` re-weights the taps of every convolution of a model towards *soft corners*
-(:func:`widerf.profile.soft_corners`): w ← w·√(n·v(m)) for the n taps m of a kernel, then one scalar per tensor that restores
-Σ w². A base initialisation such as He's keeps its gain; only the share of the taps changes.
+(:func:`widerf.profile.soft_corners`): w ← w·√(n·v(m)) for the n taps m of a kernel, then one scalar per tensor that
+restores Σ w². A base initialisation such as He's keeps its gain; only the share of the taps changes.
 """
 
 from __future__ import annotations
@@ -87,28 +87,32 @@ def apply(
 ) -> InitReport:
     """Widen the effective receptive field of ``model`` in place by re-weighting the taps of its convolutions.
 
-    Each kernel gets the profile nearest to uniform with the wanted variance (:func:`widerf.profile.soft_corners`), and keeps
-    its Σ w². 1×1 kernels, kernels of two taps and patchify layers (stride ≥ kernel) have nothing to gain. Transposed layers
-    are widened per output phase, and each phase keeps its energy.
+    Each kernel gets the profile nearest to uniform with the wanted variance (:func:`widerf.profile.soft_corners`),
+    and keeps its Σ w². 1×1 kernels, kernels of two taps and patchify layers (stride ≥ kernel) have nothing to gain.
+    Transposed layers are widened per output phase, and each phase keeps its energy.
 
-    *Calling it again* does not add up: strength is a state, not a step. If a weight is still what an earlier call made it, the
-    new strength replaces the old one, and 0 takes it back. If it was changed since (trained, loaded, drawn anew), what is
-    there is widened, and the report warns.
+    *Calling it again* does not add up: strength is a state, not a step. If a weight is still what an earlier call
+    made it, the new strength replaces the old one, and 0 takes it back. If it was changed since (trained, loaded,
+    drawn anew), what is there is widened, and the report warns.
 
     *Zero padding* takes more signal than before, since more energy lies on the outer taps; the report tells how much.
 
     Args:
         model: any module that holds convolutions.
-        strength: 0 leaves every kernel as it is, 1 puts all energy on the corner taps; the variance is linear in between.
-        target: wanted ratio of the network's predicted ERF std to today's, instead of ``strength``: strengths by least total
-            KL (:func:`widerf.profile.allocate`). Needs ``input_size``.
-        base: ``None`` rescales the weights that are there; a name ("kaiming_normal", "kaiming_uniform", "xavier_normal",
-            "xavier_uniform", "orthogonal") or a callable draws them anew first, in every selected convolution, 1×1 included.
-            Fans are those of the layer, also for grouped and transposed ones; a callable gets the weight tensor.
+        strength: 0 leaves every kernel as it is, 1 puts all energy on the corner taps; the variance is linear in
+            between.
+        target: wanted ratio of the network's predicted ERF std to today's, instead of ``strength``: strengths by
+            least total KL (:func:`widerf.profile.allocate`). Needs ``input_size``.
+        base: ``None`` rescales the weights that are there; a name ("kaiming_normal", "kaiming_uniform",
+            "xavier_normal", "xavier_uniform", "orthogonal") or a callable draws them anew first, in every selected
+            convolution, 1×1 included. Fans are those of the layer, also for grouped and transposed ones; a callable
+            gets the weight tensor.
         only: name patterns or module classes; nothing else is touched. Frozen layers that it names are changed too.
         skip: name patterns or module classes that are left alone.
-        input_size: (channels, *spatial) of one input; with it the report knows jumps, border losses and the network's gain.
-        generator: source of the draws of ``base``; the global one is left alone then. Without ``base`` nothing is drawn.
+        input_size: (channels, *spatial) of one input; with it the report knows jumps, border losses and the network's
+            gain.
+        generator: source of the draws of ``base``; the global one is left alone then. Without ``base`` nothing is
+            drawn.
         dry_run: report only; the model stays as it is, and may be lazy or on the meta device.
         cap: largest strength that ``target`` may give a layer.
 
@@ -117,9 +121,9 @@ def apply(
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if the model has no convolution, ``strength`` is outside [0, 1], a pattern matches nothing, ``target`` is
-            beyond what the network can have (the message names that), or a layer that should change is lazy or on the meta
-            device and has no values yet. Then nothing has been changed.
+        ValueError: if the model has no convolution, ``strength`` is outside [0, 1], a pattern matches nothing,
+            ``target`` is beyond what the network can have (the message names that), or a layer that should change is
+            lazy or on the meta device and has no values yet. Then nothing has been changed.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
@@ -152,9 +156,14 @@ def apply(
         after, problem = _std(model, input_size)
     rows = _told(rows, steps, places, undone(model, kernels))
     notes = [*warnings_of(model, steps, rows), *([problem] if problem else [])]
-    gain = after / before if before and after else None
+    stds = (before, after) if before and after else None
     return InitReport(
-        tuple(rows), tuple(notes), gain=gain, signal_kept=_signal_kept(steps, rows, places), dry_run=dry_run
+        tuple(rows),
+        tuple(notes),
+        gain=stds[1] / stds[0] if stds else None,
+        erf_std=stds,
+        signal_kept=_signal_kept(steps, rows, places),
+        dry_run=dry_run,
     )
 
 
@@ -190,17 +199,15 @@ def _told(
     """Return the rows with what the network tells about each layer."""
     told = []
     for row, step in zip(rows, steps, strict=True):
-        place = places.get(row.name)
+        place, changes = places.get(row.name), dict[str, Any]()
         if place is not None:
-            row = dataclasses.replace(row, jump=place.jump)
+            changes["jump"] = place.jump
         if row.widened and row.name in notes:
-            row = dataclasses.replace(row, verdict=f"{row.verdict}, {notes[row.name]}")
+            changes["verdict"] = f"{row.verdict}, {notes[row.name]}"
         if row.widened and place is not None and step.shape is not None:
-            before = border_loss(step.kernel, place, torch.ones_like(step.shape))
-            row = dataclasses.replace(
-                row, border_before=before, border_after=border_loss(step.kernel, place, step.shape)
-            )
-        told.append(row)
+            changes["border_before"] = border_loss(step.kernel, place, torch.ones_like(step.shape))
+            changes["border_after"] = border_loss(step.kernel, place, step.shape)
+        told.append(dataclasses.replace(row, **changes))
     return told
 
 
@@ -237,12 +244,12 @@ def periphery_(
     """Widen one weight tensor in place, as ``torch.nn.init`` functions fill one.
 
     Args:
-        tensor: weight of a convolution, shape (out, in/groups, *kernel_size), or of a transposed one, shape (in, out/groups,
-            *kernel_size).
+        tensor: weight of a convolution, shape (out, in/groups, *kernel_size), or of a transposed one, shape
+            (in, out/groups, *kernel_size).
         strength: 0 … 1, see :func:`apply`.
         transposed: whether it belongs to a transposed convolution.
-        stride: of that transposed convolution: each of its output phases sees only every ``stride``-th tap and keeps its
-            own energy. A plain convolution is widened alike at any stride.
+        stride: of that transposed convolution: each of its output phases sees only every ``stride``-th tap and keeps
+            its own energy. A plain convolution is widened alike at any stride.
 
     Returns:
         ``tensor``.

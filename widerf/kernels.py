@@ -24,8 +24,8 @@ Selector: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | 
 class Cell:
     """Taps that feed one and the same output unit.
 
-    A plain kernel is one cell. A transposed convolution of stride s has one cell per output phase: a unit of its output sees
-    only every s-th tap.
+    A plain kernel is one cell. A transposed convolution of stride s has one cell per output phase: a unit of its
+    output sees only every s-th tap.
 
     Attributes:
         where: index of the cell's taps in a kernel-shaped tensor.
@@ -124,7 +124,8 @@ class Kernel:
         """Return Σ w² on each tap as float64 on the CPU, in the layout of :meth:`shape`.
 
         Args:
-            weight: (out, in/groups, *kernel_size), or (in, out/groups, *kernel_size) if transposed, or more leading axes.
+            weight: (out, in/groups, *kernel_size), or (in, out/groups, *kernel_size) if transposed, or more leading
+                axes.
         """
         weight = weight.detach()
         if weight.dtype in (torch.float16, torch.bfloat16):
@@ -163,9 +164,9 @@ class Kernel:
         if self.offsets is not None:
             places = [(self.offsets.flatten(0, 1).double().cpu(), energies.flatten())]
         variances = []
-        for coordinates, energy in places:
+        for taps, energy in places:
             share = (energy / energy.sum()).unsqueeze(1)
-            coordinates = coordinates * torch.tensor(self.spacing, dtype=torch.float64)
+            coordinates = taps * torch.tensor(self.spacing, dtype=torch.float64)
             mean = (share * coordinates).sum(dim=0)
             variances.append((share * (coordinates - mean) ** 2).sum() / self.rank)
         return math.sqrt(float(torch.stack(variances).mean()))
@@ -202,14 +203,14 @@ def find_kernels(model: nn.Module) -> list[Kernel]:
 def select(kernels: Sequence[Kernel], model: nn.Module, selector: Selector, argument: str) -> set[str]:
     """Return the names of the kernels that ``selector`` picks.
 
-    A string is a shell-style pattern for the layer's name or for that of a module around it (``"layer4"`` picks all in it);
-    a class picks its instances and what is inside them.
+    A string is a shell-style pattern for the layer's name or for that of a module around it (``"layer4"`` picks all
+    in it); a class picks its instances and what is inside them.
 
     Raises:
         TypeError: if an entry is neither a string nor a module class.
         ValueError: if an entry picks no convolution: a misspelt name would else pass in silence.
     """
-    entries = list(selector) if isinstance(selector, (list, tuple, set, frozenset)) else [selector]
+    entries: list[Any] = list(selector) if isinstance(selector, (list, tuple, set, frozenset)) else [selector]
     modules = dict(model.named_modules())
     picked: set[str] = set()
     for entry in entries:

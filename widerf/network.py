@@ -24,7 +24,8 @@ class Place:
     """One convolution in the network, at its first call.
 
     Attributes:
-        jump: input pixels of the network between neighbouring units of the layer's input; ``None`` off the path to the map.
+        jump: input pixels of the network between neighbouring units of the layer's input; ``None`` off the path to
+            the map.
         before: spatial shape of the layer's input.
         after: spatial shape of its output.
     """
@@ -35,7 +36,7 @@ class Place:
 
 
 def find_places(model: nn.Module, input_size: Sequence[int], kernels: Sequence[Kernel]) -> dict[str, Place]:
-    """Return the place of each convolution that runs on the way to the last spatial map, in the order in which they run.
+    """Return the place of each convolution on the way to the last spatial map, in the order in which they run.
 
     One forward pass in a sandbox; the model comes back as it was.
     """
@@ -167,7 +168,8 @@ class Sensitivity:
 
     Attributes:
         variance: of the ERF now, in input pixels², mean over axes.
-        slopes: layer name → ∂ variance / ∂ log(energy of each tap), summed over all calls, in the weight's spatial layout.
+        slopes: layer name → ∂ variance / ∂ log(energy of each tap), summed over all calls, in the weight's spatial
+            layout.
     """
 
     variance: float
@@ -195,7 +197,8 @@ def sensitivity(
             tape.steps[index] = replace(step, leaves=(step.leaves[0], weight, *step.leaves[2:]))
             weights.append((step.module, weight))
     seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
-    seed[(slice(None), slice(None), *(n // 2 for n in site.spatial_shape))] = 1
+    centre = (slice(None), slice(None), *(n // 2 for n in site.spatial_shape))
+    seed[centre] = 1
     with torch.enable_grad():
         energy = backpropagate(tape, seed).double().sum(1).mean(0)
         variance = _variance(energy)

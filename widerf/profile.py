@@ -6,11 +6,11 @@ profiles (Luo et al. 2016, eq. 8, generalised), and "as much variance at the lea
 
     minimise   Σ_b ω_b KL(v_b ‖ uniform)   over distributions v_b   subject to   Σ_b A_b v_b ≥ t.        (P)
 
-Its Lagrange conditions give v_b ∝ exp(A_bᵀ λ / ω_b) with λ ≥ 0: a Gibbs law. :func:`soft_corners` is (P) for one kernel,
-:func:`allocate` is (P) for all kernels of a network under one common constraint.
+Its Lagrange conditions give v_b ∝ exp(A_bᵀ λ / ω_b) with λ ≥ 0: a Gibbs law. :func:`soft_corners` is (P) for one
+kernel, :func:`allocate` is (P) for all kernels of a network under one common constraint.
 
-How (P) is solved: cvxpy (Clarabel) finds the multipliers λ; the primal is recovered from them by the Gibbs law, and a few
-Newton steps on the smooth dual take the constraint residual from the solver's 1e-6 down to rounding. Nothing is
+How (P) is solved: cvxpy (Clarabel) finds the multipliers λ; the primal is recovered from them by the Gibbs law, and a
+few Newton steps on the smooth dual take the constraint residual from the solver's 1e-6 down to rounding. Nothing is
 returned unless the Karush-Kuhn-Tucker conditions hold to 1e-9.
 """
 
@@ -22,6 +22,7 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,8 @@ def _solve(programme: _Programme) -> Array:
 
 def check_strength(strength: float) -> float:
     """Return ``strength`` as a float, or raise what says that it must be in [0, 1]."""
-    real = isinstance(strength, numbers.Real | np.number) and not isinstance(strength, bool)  # type: ignore[redundant-expr]
+    given: Any = strength  # NumPy's and torch's scalars too, whatever the annotation says
+    real = isinstance(given, numbers.Real) and not isinstance(given, bool)
     require(real, "strength", "be a number", strength, TypeError)
     require(0.0 <= strength <= 1.0, "strength", "be in [0, 1]", strength)
     return float(strength)
@@ -196,9 +198,10 @@ def soft_corners(kernel_size: Sequence[int], strength: float) -> Tensor:
 def tap_profile(offsets: Tensor, strength: float) -> Tensor:
     """Return soft corners for taps that lie anywhere, as those of ``SparseConv2d`` do.
 
-    The same programme as :func:`soft_corners`, with the second moments taken over the taps' own coordinates and averaged
-    over the groups. A grid has a corner that is farthest on all axes at once; other patterns have none, so strength 1
-    stands for the taps of each group with the largest Σ_i (m_i/r_i)², r_i the largest |m_i| of the layer, in equal shares.
+    The same programme as :func:`soft_corners`, with the second moments taken over the taps' own coordinates and
+    averaged over the groups. A grid has a corner that is farthest on all axes at once; other patterns have none, so
+    strength 1 stands for the taps of each group with the largest Σ_i (m_i/r_i)², r_i the largest |m_i| of the layer,
+    in equal shares.
 
     Args:
         offsets: taps of each group relative to the kernel's centre, shape ``(groups, taps, D)``.

@@ -18,11 +18,7 @@ from widerf._checks import require_known
 
 Row = TypeVar("Row")
 
-_HTML = """\
-<div class="widerf-report">
-{%- for line in lines %}
-<p>{{ line }}</p>
-{%- endfor %}
+_TABLE = """\
 <table>
 <thead><tr>{% for title in titles %}<th style="text-align:left">{{ title }}</th>{% endfor %}</tr></thead>
 <tbody>
@@ -30,14 +26,20 @@ _HTML = """\
 <tr>{% for cell in row %}<td style="text-align:left">{{ cell }}</td>{% endfor %}</tr>
 {%- endfor %}
 </tbody>
-</table>
-{%- if warnings %}
+</table>"""
+_HTML = f"""\
+<div class="widerf-report">
+{{%- for line in lines %}}
+<p>{{{{ line }}}}</p>
+{{%- endfor %}}
+{_TABLE}
+{{%- if warnings %}}
 <ul>
-{%- for warning in warnings %}
-<li><strong>Warning:</strong> {{ warning }}</li>
-{%- endfor %}
+{{%- for warning in warnings %}}
+<li><strong>Warning:</strong> {{{{ warning }}}}</li>
+{{%- endfor %}}
 </ul>
-{%- endif %}
+{{%- endif %}}
 </div>"""
 
 
@@ -87,6 +89,17 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML, its text escaped."""
+    return _rendered(_TABLE, titles=titles, rows=rows)
+
+
+def _rendered(template: str, **content: object) -> str:
+    import jinja2
+
+    return jinja2.Environment(autoescape=True).from_string(template).render(**content)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report(Sequence[Row], Generic[Row]):
     """A sequence of rows that shows itself as a table.
@@ -127,19 +140,13 @@ class Report(Sequence[Row], Generic[Row]):
             return names[index]
         return self.rows[index]
 
-    def _cells(self) -> list[list[str]]:
-        """Return the table's text; a column that is empty in every row is left out by :meth:`_shown`."""
-        return [
-            [cell(getattr(row, source, None) if isinstance(source, str) else source(row)) for source in self._sources()]
-            for row in self.rows
-        ]
-
-    def _sources(self) -> list[str | Callable[[Any], object]]:
-        return list(self.columns.values())
-
     def _shown(self) -> tuple[list[str], list[list[str]]]:
         """Return titles and cells of the columns that hold anything."""
-        cells = self._cells()
+        cells = [
+            [cell(getattr(row, source, None) if isinstance(source, str) else source(row)) for source in sources]
+            for row in self.rows
+            for sources in [self.columns.values()]
+        ]
         kept = [i for i in range(len(self.columns)) if i == 0 or any(row[i] for row in cells)]
         return [list(self.columns)[i] for i in kept], [[row[i] for i in kept] for row in cells]
 
@@ -151,11 +158,8 @@ class Report(Sequence[Row], Generic[Row]):
         return "\n".join([*self.lines(), table(*self._shown()), *warnings])
 
     def _repr_html_(self) -> str:
-        import jinja2
-
         titles, rows = self._shown()
-        template = jinja2.Environment(autoescape=True).from_string(_HTML)
-        return template.render(lines=self.lines(), titles=titles, rows=rows, warnings=self.warnings)
+        return _rendered(_HTML, lines=self.lines(), titles=titles, rows=rows, warnings=self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain lists, dictionaries, numbers and strings."""

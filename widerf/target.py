@@ -68,8 +68,8 @@ class Weighted:
 def weigh(model: nn.Module, kernels: Sequence[Kernel], input_size: Sequence[int]) -> Weighted:
     """Return how much each kernel's variance counts in the network's.
 
-    The share of paths that go through a layer, its jump and its dilation are all in one number: by how much the predicted
-    variance answers if the layer's tap energies move from uniform towards soft corners (:func:`sensitivity`).
+    The share of paths that go through a layer, its jump and its dilation are all in one number: by how much the
+    predicted variance answers if the layer's tap energies move from uniform towards soft corners (:func:`sensitivity`).
     """
     found = sensitivity(model, input_size, kernels)
     kept, weights = [], []
@@ -113,8 +113,8 @@ def shapes_for(
 ) -> Shapes:
     """Return the profiles of least total KL with which the predicted std of the network is ``target`` times today's.
 
-    :func:`widerf.profile.allocate` solves the linear model; the network's answer is not quite linear, so the gain asked of the
-    model is corrected until the prediction for the re-weighted network is right to 0.1 %.
+    :func:`widerf.profile.allocate` solves the linear model; the network's answer is not quite linear, so the gain asked
+    of the model is corrected until the prediction for the re-weighted network is right to 0.1 %.
 
     Raises:
         ValueError: if ``target`` is below 1 or above what the network can have at strength ``cap``.

@@ -2,8 +2,9 @@
 
 A weight may be a parameter, or be computed from parameters before each forward pass: by weight normalisation, spectral
 normalisation, pruning, or a standardisation inside ``forward``. Writing to ``module.weight`` is lost there (the classic
-loss of an initialisation under weight normalisation). Each class here knows the tensors that hold the weight (*sources*),
-reads the *effective* weight without side effects, and scales its taps so that the next forward pass keeps them.
+loss of an initialisation under weight normalisation). Each class here knows the tensors that hold the weight
+(*sources*), reads the *effective* weight without side effects, and scales its taps so that the next forward pass
+keeps them.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class _Computed(Held):
     """A weight that is computed from its sources."""
 
     def blank(self) -> Tensor:
+        """See :class:`Held`."""
         return torch.empty_like(self.read())
 
 
@@ -82,10 +84,12 @@ class Experts(Held):
     """``timm``'s ``CondConv2d``: rows of experts, each a flattened kernel; every expert is scaled alike."""
 
     def read(self) -> Tensor:
+        """See :class:`Held`."""
         weight: Tensor = self.module.weight.detach()
         return weight.view(self.module.num_experts, *self.module.weight_shape)
 
     def scale_(self, factors: Tensor) -> None:
+        """See :class:`Held`."""
         self.kernel.scale_(self.read(), factors)
 
 
@@ -99,20 +103,23 @@ class Hooked(_Computed):
             self.note = "spectral_norm sets its scale"
 
     def sources(self) -> list[Tensor]:
+        """See :class:`Held`."""
         names = ("weight_g", "weight_v") if isinstance(self.hook, WeightNorm) else ("weight_orig",)
         return [getattr(self.module, name) for name in names]
 
     def read(self) -> Tensor:
+        """See :class:`Held`."""
         weight: Tensor
         if isinstance(self.hook, WeightNorm):
             weight = self.hook.compute_weight(self.module)
         elif isinstance(self.hook, SpectralNorm):
             weight = self.hook.compute_weight(self.module, do_power_iteration=False)
         else:
-            weight = self.hook.apply_mask(self.module)
+            weight = self.hook.apply_mask(self.module)  # type: ignore[no-untyped-call]
         return weight.detach()
 
     def scale_(self, factors: Tensor) -> None:
+        """See :class:`Held`."""
         if isinstance(self.hook, WeightNorm):
             self.replace_(self.kernel.scale_(self.read().clone(), factors))
         else:
@@ -120,6 +127,7 @@ class Hooked(_Computed):
             self._refresh()
 
     def replace_(self, weight: Tensor) -> None:
+        """See :class:`Held`."""
         if isinstance(self.hook, WeightNorm):
             self.module.weight_v.detach().copy_(weight)
             self.module.weight_g.detach().copy_(torch.norm_except_dim(weight, 2, self.hook.dim))
@@ -137,8 +145,8 @@ class Hooked(_Computed):
 class Parametrised(_Computed):
     """``torch.nn.utils.parametrize``: of weight normalisation, spectral normalisation, or the user's own.
 
-    One original of the weight's shape is scaled itself; otherwise the wanted weight goes through ``right_inverse``. Whether
-    the effective weight then is what was wanted is for the caller to see.
+    One original of the weight's shape is scaled itself; otherwise the wanted weight goes through ``right_inverse``.
+    Whether the effective weight then is what was wanted is for the caller to see.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -150,6 +158,7 @@ class Parametrised(_Computed):
             self.note += ", which sets its scale"
 
     def sources(self) -> list[Tensor]:
+        """See :class:`Held`."""
         if hasattr(self.chain, "original"):
             return [self.chain.original]
         return [getattr(self.chain, f"original{index}") for index in range(self.chain.ntensors)]
@@ -166,11 +175,13 @@ class Parametrised(_Computed):
                 module.training = training
 
     def read(self) -> Tensor:
+        """See :class:`Held`."""
         with self._still():
             weight: Tensor = self.module.weight
         return weight.detach()
 
     def scale_(self, factors: Tensor) -> None:
+        """See :class:`Held`."""
         sources = self.sources()
         if len(sources) == 1 and sources[0].shape == self.read().shape:
             self.kernel.scale_(sources[0].detach(), factors)
@@ -179,6 +190,7 @@ class Parametrised(_Computed):
             self.replace_(self.kernel.scale_(self.read().clone(), factors))
 
     def replace_(self, weight: Tensor) -> None:
+        """See :class:`Held`."""
         if not all(hasattr(step, "right_inverse") for step in self.chain):
             raise NotImplementedError(f"{self.names} has no right_inverse")
         originals = [source.data for source in self.sources()]
@@ -202,10 +214,10 @@ class Parametrised(_Computed):
 class Standardised(_Computed):
     """Weight standardisation in ``forward``: each filter less its mean, over its std (Qiao et al. 2019).
 
-    Scaling the raw weight is not enough: the mean taken off afterwards puts energy back on every tap, by 1/9 of the whole
-    in a depthwise 3×3 layer. So the stored filter is made to have mean 0 already, which leaves nothing to take off: with φ
-    the factor of each tap, the filter u becomes φu − αφ², α = Σφu/Σφ². The φ that give the wanted energies are found by
-    iterated proportional fitting.
+    Scaling the raw weight is not enough: the mean taken off afterwards puts energy back on every tap, by 1/9 of the
+    whole in a depthwise 3×3 layer. So the stored filter is made to have mean 0 already, which leaves nothing to take
+    off: with φ the factor of each tap, the filter u becomes φu − αφ², α = Σφu/Σφ². The φ that give the wanted
+    energies are found by iterated proportional fitting.
     """
 
     note = ""
@@ -213,6 +225,7 @@ class Standardised(_Computed):
     _TOLERANCE = 1e-7
 
     def read(self) -> Tensor:
+        """See :class:`Held`."""
         return self._standard(self.module.weight.detach())
 
     def _standard(self, raw: Tensor) -> Tensor:
@@ -221,9 +234,11 @@ class Standardised(_Computed):
         rows = rows / (rows.square().mean(dim=1, keepdim=True) + self.module.eps).sqrt()
         if hasattr(self.module, "gain"):
             rows = rows * (self.module.gain.detach() * self.module.scale).view(-1, 1).to(rows)
-        return rows.view(raw.shape)
+        standard: Tensor = rows.view(raw.shape)
+        return standard
 
     def scale_(self, factors: Tensor) -> None:
+        """See :class:`Held`."""
         raw = self.module.weight.detach()
         energy = raw.double().square().sum()
         start = self.read()
@@ -244,6 +259,7 @@ class Standardised(_Computed):
         raw.copy_(filters * (energy / filters.double().square().sum()).sqrt())
 
     def replace_(self, weight: Tensor) -> None:
+        """See :class:`Held`."""
         self.module.weight.detach().copy_(weight)
 
 
