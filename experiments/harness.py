@@ -167,7 +167,7 @@ def paired_difference(new: Sequence[float], old: Sequence[float]) -> Estimate:
 
     Example:
         >>> print(paired_difference([2.0, 3.0, 4.0], [1.0, 2.0, 2.5]))
-        1.17 (0.449 to 1.88)
+        1.17 (0.45 to 1.88)
     """
     difference = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)
     mean = float(difference.mean())
@@ -182,7 +182,7 @@ def paired_ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
 
     Example:
         >>> print(paired_ratio([50.0, 60.0, 40.0], [100.0, 100.0, 100.0]))
-        0.493 (0.298 to 0.816)
+        0.493 (0.298 to 0.817)
     """
     log = paired_difference(np.log(np.asarray(new, dtype=float)), np.log(np.asarray(old, dtype=float)))
     with np.errstate(over="ignore"):
