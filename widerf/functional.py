@@ -156,7 +156,7 @@ def apply_plans(
     plan = plans[0]
     _check_shapes(x, weight, bias, plan.groups)
     rank, device = weight.dim() - 2, x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)

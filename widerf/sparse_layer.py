@@ -86,14 +86,15 @@ class SparseConv(_ConvNd):
         require(groups >= 1 and in_channels % groups == 0, "groups", f"divide in_channels={in_channels}", groups)
         require(out_channels % groups == 0, "groups", f"divide out_channels={out_channels}", groups)
         seed = fresh_seed() if seed is None else seed
-        if isinstance(pattern, str):
-            window = tuple(2 * n + 1 for n in k) if extent is None else ntuple(extent, rank, "extent")
-            offsets = draw_offsets(pattern, k, window, in_channels, groups, seed)
-        else:
-            offsets = check_offsets(pattern, math.prod(k), rank)
-            window = window_of(offsets, k) if extent is None else ntuple(extent, rank, "extent")
-            offsets = check_pattern(offsets, k, window, in_channels)
-        self._taps = read_taps(offsets)
+        with torch.device("cpu"):  # also where the model is built on another device, or on none ("meta")
+            if isinstance(pattern, str):
+                window = tuple(2 * n + 1 for n in k) if extent is None else ntuple(extent, rank, "extent")
+                offsets = draw_offsets(pattern, k, window, in_channels, groups, seed)
+            else:
+                offsets = check_offsets(pattern, math.prod(k), rank)
+                window = window_of(offsets, k) if extent is None else ntuple(extent, rank, "extent")
+                offsets = check_pattern(offsets, k, window, in_channels)
+        taps = read_taps(offsets)
         super().__init__(
             in_channels,
             out_channels,
@@ -112,7 +113,9 @@ class SparseConv(_ConvNd):
         self.extent = window
         self.pattern = pattern if isinstance(pattern, str) else "custom"
         self.register_buffer("offsets", offsets.to(self.weight.device))
+        self._taps = taps
         self._forget()
+        self._follow()
 
     def _forget(self) -> None:
         """Drop what is derived: the plans, and the mark of the offsets that they were made from."""
@@ -126,7 +129,10 @@ class SparseConv(_ConvNd):
         """Draw weight and bias as PyTorch's convolutions do; the offsets stay (and come back after ``to_empty``)."""
         super().reset_parameters()
         if "offsets" in self._buffers and not self.offsets.is_meta:
-            self.offsets.copy_(torch.tensor(self._taps))
+            self.offsets.copy_(self._remembered())
+
+    def _remembered(self) -> Tensor:
+        return torch.tensor(self._taps, device="cpu")
 
     def _follow(self) -> None:
         """Bring ``_taps`` up to date with the buffer, if something wrote to it: a load, a broadcast, another device.
@@ -145,9 +151,9 @@ class SparseConv(_ConvNd):
             return
         taps = read_taps(offsets)
         if taps != self._taps:
-            in_place = self._mark is not None and mark[0] == self._mark[0]
+            in_place = self._mark is None or mark[0] == self._mark[0]
             if in_place and averaged(taps, self._taps):
-                offsets.copy_(torch.tensor(self._taps))
+                offsets.copy_(self._remembered())
                 mark = (mark[0], offsets._version)
             else:
                 check_pattern(offsets, self.kernel_size, self.extent, self.in_channels)
@@ -171,18 +177,19 @@ class SparseConv(_ConvNd):
         """Load as usual; the checkpoint of a plain convolution has no offsets, and the layer keeps its own."""
         key = prefix + "offsets"
         if key not in state_dict:
-            state_dict[key] = torch.tensor(self._taps)
+            state_dict[key] = self._remembered()
         else:
             try:
                 check_pattern(state_dict[key], self.kernel_size, self.extent, self.in_channels)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{key}: {error}")
-                state_dict[key] = torch.tensor(self._taps)
+                state_dict[key] = self._remembered()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._mark = None
-        self._follow()
+        if not self.offsets.is_meta:
+            self._taps = read_taps(self.offsets)
+            self._forget()
 
     def _layout(self) -> tuple[tuple[Plan, ...], Pairs, Pairs]:
         """Return the plans, the padding they work with, and what to add to the image beforehand."""
@@ -216,14 +223,15 @@ class SparseConv(_ConvNd):
             >>> SparseConv2d(54, 8, 3, extent=9, pattern="partition").readers()
             (6, 6)
         """
-        cells = patterns.window(self.kernel_size, self.extent)
-        size = torch.tensor(self.extent)
-        per_group = self.in_channels // self.groups
-        row = torch.arange(self.in_channels) * len(self._taps) // self.in_channels
-        at = torch.tensor(self._taps)[row] - cells[0]
-        steps = torch.cat([size[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
-        flat = (at * steps).sum(-1).view(self.groups, per_group, -1).flatten(1)
-        counts = torch.stack([torch.bincount(f, minlength=len(cells)) for f in flat])
+        with torch.device("cpu"):
+            first = patterns.window(self.kernel_size, self.extent)[0]
+            at = torch.tensor(self._taps) - first
+            flat = torch.zeros(at.shape[:2], dtype=torch.int64)
+            for axis, n in enumerate(self.extent):
+                flat = flat * n + at[..., axis]
+            row = torch.arange(self.in_channels) * len(self._taps) // self.in_channels
+            read = flat[row].view(self.groups, -1)
+            counts = torch.stack([torch.bincount(cells, minlength=math.prod(self.extent)) for cells in read])
         return int(counts.min()), int(counts.max())
 
     def extra_repr(self) -> str:
@@ -259,7 +267,7 @@ class SparseConv(_ConvNd):
             seed=seed,
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer.offsets = torch.tensor(layer._taps, device=conv.weight.device)
+        layer.offsets = layer._remembered().to(conv.weight.device)
         layer._forget()
         return layer.train(conv.training)
 
@@ -296,12 +304,14 @@ class SparseConv(_ConvNd):
         """Return the dense kernel, (out, in/groups, *size): each weight in the cell of its tap, zero elsewhere."""
         per_group = self.in_channels // self.groups
         device = self.weight.device
-        start = torch.tensor([(k - 1) // 2 + m for k, m in zip(self.kernel_size, more, strict=True)])
-        cell = torch.tensor(self._taps) + start
-        flat = torch.zeros(cell.shape[:2], dtype=torch.int64)
+        start = torch.tensor([(k - 1) // 2 + m for k, m in zip(self.kernel_size, more, strict=True)], device="cpu")
+        cell = self._remembered() + start
+        flat = torch.zeros(cell.shape[:2], dtype=torch.int64, device="cpu")
         for axis, n in enumerate(size):
             flat = flat * n + cell[..., axis]
-        row = torch.arange(self.in_channels) * len(self._taps) // self.in_channels  # pattern group of each channel
+        row = (
+            torch.arange(self.in_channels, device="cpu") * len(self._taps) // self.in_channels
+        )  # pattern group of each channel
         index = flat[row].view(self.groups, 1, per_group, -1).to(device)
         source = self.weight.detach().reshape(self.groups, -1, per_group, index.shape[-1])
         dense = source.new_zeros(*source.shape[:3], math.prod(size))
