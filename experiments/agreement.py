@@ -41,6 +41,7 @@ class Block(nn.Module):
         self.branch = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """ReLU of the sum."""
         return torch.relu(x + self.branch(x))
 
 
@@ -94,10 +95,11 @@ class Case:
     build: Callable[[], nn.Module]
     size: int
     training: bool
-    draws: int = 128
+    draws: int = 32
 
     @property
     def input_size(self) -> tuple[int, int, int]:
+        """Size of the images."""
         return (3, self.size, self.size)
 
 
@@ -141,6 +143,7 @@ def redraw(case: Case) -> Callable[[nn.Module, torch.Generator], None]:
 
 
 def measured(case: Case, cache: Path) -> dict[str, Any]:
+    """Std with its interval over redrawn weights; the map goes to ``cache``."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)
@@ -209,7 +212,7 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The table as Markdown."""
     lines = [
         "| case | measured std (95 % interval), draws | predicted std, first weights | off | mean of "
-        f"{WEIGHT_DRAWS} weights ± sd | off | map correlation, first / mean (most that the noise allows) | seconds, measured / predicted |",
+        f"{WEIGHT_DRAWS} weights ± sd | off | map correlation, first / mean (at most) | seconds, measured / predicted |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases():
@@ -221,7 +224,8 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
         lines.append(
             f"| {case.name}, {case.size}² | {truth['std']:.2f} ({truth['low']:.2f} – {truth['high']:.2f}), "
             f"{truth['draws']} | {first:.2f} | {first / truth['std'] - 1:+.1%} | {mean:.2f} ± {spread:.2f} | "
-            f"{mean / truth['std'] - 1:+.1%} | {guess['correlations'][0]:.4f} / {guess['correlation_of_mean']:.4f} ({truth['ceiling']:.4f}) | "
+            f"{mean / truth['std'] - 1:+.1%} | {guess['correlations'][0]:.4f} / "
+            f"{guess['correlation_of_mean']:.4f} ({truth['ceiling']:.4f}) | "
             f"{truth['seconds']:.0f} / {guess['seconds']:.1f} |"
         )
     return "\n".join(lines)
@@ -245,10 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         done = (case.name, options.road) in load(file)
         if options.only not in case.name or (done and not options.again):
             continue
-        if options.road == "measured":
-            row = measured(case, options.cache)
-        else:
-            row = predicted(case, options.cache)
+        row = (measured if options.road == "measured" else predicted)(case, options.cache)
         if row:
             with file.open("a") as out:
                 out.write(

@@ -5,7 +5,7 @@ Backwards through batch statistics, g ↦ (g − mean g − x̂ mean(g x̂))/std
 all; and it does not add up like the energy of uncorrelated gradients, since the next batch statistics remove what is
 common to a channel. A mean over all positions (squeeze-excite, global pooling) spreads its gradient in the same way.
 
-It is carried beside the energy as one signed pattern u per channel: the gradient has a part A·u(position) with E[A²] = 1.
+It is carried beside the energy as one signed pattern u per channel: the gradient has a part A·u(position), E[A²] = 1.
 Element-wise operators and batch statistics act on u exactly. Random weights keep u's mean over positions common and
 scatter the rest, which joins the energy.
 """
@@ -155,7 +155,8 @@ def _batch_norm(
         raise step.untreated("predict (scale or shift that depends on the input)")
     dims = (0, *range(2, x.ndim))
     n = x.numel() // x.shape[1]
-    weight, eps = arguments.get("weight"), arguments.get("eps", arguments.get("epsilon"))
+    weight: Tensor | None = arguments.get("weight")
+    eps: Any = arguments.get("eps", arguments.get("epsilon"))
     middle = x.mean(dims, keepdim=True)
     scale = ((x - middle).square().mean(dims, keepdim=True) + eps).rsqrt()
     z = (x - middle) * scale

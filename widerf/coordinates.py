@@ -2,8 +2,8 @@
 
 An element's view of the input is a box, first and last pixel per axis. It is kept as one tensor ``reach`` of shape
 ``(2·D, *shape)``: the first pixels of the D axes, then minus the last ones, so that the union of two boxes is one
-minimum, and +∞ is the empty box. Boxes reach beyond the image where padding does: a receptive field is a property of the
-network, not of the border.
+minimum, and +∞ is the empty box. Boxes reach beyond the image where padding does: a receptive field is a property of
+the network, not of the border.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from widerf.operators import axis_matrices, kind_of, reduced_dims
 from widerf.trace import Step, Tape
@@ -43,7 +42,7 @@ class Field:
 class Reading:
     """The forward reading: the map's field, and what was met on the way."""
 
-    field: Field
+    result: Field
     misaligned: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -140,16 +139,15 @@ def _misalignment(fields: list[Field]) -> tuple[float, ...] | None:
         centre = (reach[:rank] - reach[rank:]) / 2
         centres.append(centre.flatten(1)[:, seen.flatten()])
     for other in centres[1:]:
-        if other.shape == centres[0].shape:
-            shift = other - centres[0]
-        else:  # joined along channels: compare the centres of mass
-            shift = (other.mean(1) - centres[0].mean(1))[:, None]
+        alike = other.shape == centres[0].shape
+        # Joined along channels: compare the centres of mass.
+        shift = other - centres[0] if alike else (other.mean(1) - centres[0].mean(1))[:, None]
         if bool((shift - shift[:, :1]).abs().max() < 1e-3) and bool(shift.abs().max() > 1e-2):
             return tuple(round(float(s), 4) for s in shift[:, 0])
     return None
 
 
-# ── rules: (step, arguments, reaches of the tracked leaves, output shapes, jump) → reaches of the outputs, jump ──────────
+# ── rules: (step, arguments, reaches of tracked leaves, shapes of outputs, jump) → reaches of outputs, jump ──
 
 Jump = tuple[float, ...]
 Outcome = tuple[list[Tensor | None], Jump]
@@ -303,11 +301,11 @@ def _convolution(
     components, batch, channels = reach.shape[:3]
     groups = 1 if channels == 1 else groups
     reach = reach.reshape(components, batch, groups, channels // groups, *reach.shape[3:]).amin(3)
-    geometry = [_per_axis(arguments[name], len(kernel)) for name in ("stride", "padding", "dilation")]
+    stride, padding, dilation = (_per_axis(arguments[n], len(kernel)) for n in ("stride", "padding", "dilation"))
     if arguments["transposed"]:
-        reach, jump = _transposed(reach, jump, kernel, *geometry, spatial)
+        reach, jump = _transposed(reach, jump, kernel, stride, padding, dilation, spatial)
     else:
-        outs, jump = _window(reach, jump, kernel, *geometry, spatial)
+        outs, jump = _window(reach, jump, kernel, stride, padding, dilation, spatial)
         assert outs[0] is not None
         reach = outs[0]
     if groups == 1:

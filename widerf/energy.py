@@ -6,7 +6,9 @@ For y = f(x) with Jacobian J and a gradient g at y whose elements are uncorrelat
 
 so every rule multiplies by the *squared* Jacobian of its operator, at the recorded activations. Random weights of mean
 zero make gradients uncorrelated; where no weights lie between two operators (x·σ(x), relu(x + f(x))) they are not, and
-such element-wise operators are therefore differentiated together, as one function, before the square is taken.
+such element-wise operators are therefore differentiated together, as one function, before the square is taken. What is left out:
+where a normalisation over n elements is written out in single operators, the correlation of an element's direct
+path with that through the mean (2/n of the energy; the norms that torch knows as such are exact).
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def _rescale(flows: dict[int, Flow]) -> None:
             flows[value] = flow.scaled(1 / largest)
 
 
-# ── rules: (step, arguments, tracked inputs, energies of the outputs) → (position of a tracked leaf, its energy) ─────────
+# ── rules: (step, arguments, tracked inputs, energies of the outputs) → (position of a tracked leaf, its energy) ──
 
 Parts = Iterator[tuple[int, Tensor]]
 Rule = Callable[[Step, dict[str, Any], dict[int, Tensor], list[Tensor | None]], Parts]
@@ -249,7 +251,8 @@ def _normalisation(
     if set(inputs) != {0} or energy is None:
         raise step.untreated("predict (scale or shift that depends on the input)")
     x = inputs[0]
-    weight, eps = arguments.get("weight"), arguments.get("eps", arguments.get("epsilon"))
+    weight: Tensor | None = arguments.get("weight")
+    eps: Any = arguments.get("eps", arguments.get("epsilon"))
     if "batch_norm" in step.name:
         per_channel = (1, -1, *(1 for _ in range(x.ndim - 2)))
         if weight is not None:

@@ -1,4 +1,4 @@
-"""The kinds of aten operators: what two readings of a recording, with coordinates and with energies, need to know of each.
+"""The kinds of aten operators: what the readings of a recording, by coordinates and by energies, need to know of each.
 
 An operator that is in no list here has no kind, and both readings refuse it by name: nothing is guessed.
 """
@@ -22,13 +22,16 @@ _LISTS: dict[Kind, str] = {
         "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select split "
         "split_with_sizes unbind cat stack constant_pad_nd clone alias detach _to_copy as_strided take index "
         "index_select gather roll flip repeat pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle "
-        "unfold reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+        "unfold reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d "
         "contiguous lift_fresh diagonal movedim copy topk sort im2col slice_scatter select_scatter index_put unflatten "
         "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
         "_upsample_nearest_exact3d tril triu rot90 repeat_interleave narrow chunk"
     ),
     # Element by element, with broadcasting. Operators that torch itself marks as such need not be listed.
-    "pointwise": "hardswish _prelu_kernel masked_fill where clamp clamp_min clamp_max hardtanh elu mish log_sigmoid_forward",
+    "pointwise": (
+        "hardswish _prelu_kernel masked_fill where clamp clamp_min clamp_max hardtanh elu mish log_sigmoid_forward"
+    ),
     "convolution": "convolution",
     "matmul": "mm bmm addmm baddbmm mv dot",
     "pooling": (
@@ -56,7 +59,8 @@ def kind_of(op: Any) -> Kind | None:
     """Kind of an aten operator, ``None`` for one that has no rule.
 
     Example:
-        >>> kind_of(torch.ops.aten.gelu.default), kind_of(torch.ops.aten.mm.default), kind_of(torch.ops.aten.fft_fft.default)
+        >>> aten = torch.ops.aten
+        >>> kind_of(aten.gelu.default), kind_of(aten.mm.default), kind_of(aten.fft_fft.default)
         ('pointwise', 'matmul', None)
     """
     kind = _KINDS.get(str(op._schema.name).split("::")[1])

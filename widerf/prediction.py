@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def predict(
     with untouched(model), torch.no_grad():
         tape = record(model, _image(model, input_size), site)
         seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
-        seed[(slice(None), slice(None), *index)] = 1
+        place: tuple[Any, ...] = (slice(None), slice(None), *index)
+        seed[place] = 1
         energy = backpropagate(tape, seed).double().sum(1).mean(0)
     require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
     field = from_tape(tape, site.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ class ReceptiveField:
 
     Attributes:
         layer: name of the module whose output the units are.
-        size: pixels from the first to the last that the unit sees, also beyond the border where padding stands in for the
-            image. Where units see differently (windows, interpolation), that of the centre unit.
+        size: pixels from the first to the last that the unit sees, also beyond the border where padding stands in for
+            the image. Where units see differently (windows, interpolation), that of the centre unit.
         jump: input pixels between two neighbouring units.
         regular: whether all units see boxes of one size, one jump apart.
         global_paths: modules through which a unit sees the whole image besides (squeeze-excite, attention, global
@@ -59,13 +60,13 @@ class ReceptiveField:
         shape = tuple(self._first.shape[1:])
         if not self.regular or unit is None:
             index = check_unit(unit, shape)
-            start = self._first[(slice(None), *index)]
-            stop = self._last[(slice(None), *index)]
+            place: tuple[Any, ...] = (slice(None), *index)
+            start, stop = self._first[place], self._last[place]
             return tuple(int(x) for x in start.floor()), tuple(int(x) for x in stop.ceil())
         index = (unit,) if isinstance(unit, int) else tuple(unit)
         if len(index) != len(shape):
             check_unit(unit, shape)
-        origin = (slice(None), *(0 for _ in shape))
+        origin: tuple[Any, ...] = (slice(None), *(0 for _ in shape))
         first = tuple(round(float(x) + j * i) for x, j, i in zip(self._first[origin], self.jump, index, strict=True))
         return first, tuple(a + n - 1 for a, n in zip(first, self.size, strict=True))
 
@@ -75,8 +76,8 @@ def receptive_field(
 ) -> ReceptiveField:
     r"""Theoretical receptive field of a layer's units, through every path of the model.
 
-    One forward pass is recorded and walked with the box of pixels that each tensor element can see; boxes of joined paths
-    are united. For a chain of layers with kernel k, dilation d and stride s this is
+    One forward pass is recorded and walked with the box of pixels that each tensor element can see; boxes of joined
+    paths are united. For a chain of layers with kernel k, dilation d and stride s this is
     :math:`\mathrm{size} = 1 + \sum_l (k_l - 1)\, d_l \prod_{m<l} s_m`.
 
     Args:
@@ -107,7 +108,7 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
     """Receptive field of the map of a recording."""
     with torch.no_grad():
         reading = read(tape)
-    reach = reading.field.reach.amin((1, 2))
+    reach = reading.result.reach.amin((1, 2))
     rank = reach.shape[0] // 2
     sizes = tape.values[0].shape[2:]
     blind = ~reach.isfinite().all(0)
@@ -115,15 +116,16 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
         whole = torch.tensor([0.0 for _ in sizes] + [1.0 - n for n in sizes])
         reach = torch.where(blind, whole.view(-1, *(1 for _ in sizes)), reach)
     first, last = reach[:rank].double(), -reach[rank:].double()
-    jump, regular = _jump(first, last, reading.field.jump)
+    jump, regular = _jump(first, last, reading.result.jump)
     centre = tuple(n // 2 for n in first.shape[1:])
-    box = (last - first)[(slice(None), *centre)]
+    place: tuple[Any, ...] = (slice(None), *centre)
+    box = (last - first)[place]
     return ReceptiveField(
         layer=layer,
         size=tuple(int(x.ceil()) + 1 for x in box),
         jump=jump,
         regular=regular,
-        global_paths=tuple(sorted(reading.field.global_paths)),
+        global_paths=tuple(sorted(reading.result.global_paths)),
         misaligned=dict(reading.misaligned),
         _first=first,
         _last=last,
@@ -131,7 +133,7 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
 
 
 def _jump(first: Tensor, last: Tensor, told: tuple[float, ...]) -> tuple[tuple[float, ...], bool]:
-    """Jump per axis as the boxes show it (as the strides tell it on an axis with one unit), and whether it is regular."""
+    """Jump per axis as the boxes show it (on an axis with one unit: as strides tell it), and whether it is regular."""
     jumps = []
     regular = True
     rank = first.shape[0]

@@ -23,12 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from widerf._checks import require
 from widerf.layers import MapSite
 
-
 # Operators that read the shape of a tensor and not what it holds.
-_SHAPE_ONLY = frozenset(
-    "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full "
-    "new_empty_strided".split()
-)
+_SHAPE_ONLY = {
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+}
 
 
 class UntreatedOperatorError(NotImplementedError):
@@ -134,8 +133,9 @@ def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
     """Run ``model`` on ``images`` up to ``site`` and record the operators.
 
     The caller keeps the model safe (:func:`widerf.sandbox.untouched`): batch statistics move as in any forward pass.
-    Attention is unfolded into its matrix products. A random mask (dropout, stochastic depth) is replaced by the constant
-    whose square is the mean square of the mask, √keep: second moments, forwards and backwards, are then those of the mask.
+    Attention is unfolded into its matrix products. A random mask (dropout, stochastic depth) is replaced by the
+    constant whose square is the mean square of the mask, √keep: second moments, forwards and backwards, are then those
+    of the mask.
 
     Args:
         model: any module that takes one tensor.
@@ -221,11 +221,11 @@ class _Write:
     offset: int
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes the tape. Tensors are known by ``id``; all of them are kept alive so that it stays unique."""
 
     def __init__(self, images: Tensor, names: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.names = names
         self.path = [""]
@@ -292,7 +292,7 @@ class _Recorder(TorchDispatchMode):
 
     def _note_write(self, tensor: Tensor) -> None:
         writes = self._writes.setdefault(_storage(tensor), [])
-        writes.append(_Write(self._ids[id(tensor)], tensor.shape, tensor.stride(), tensor.storage_offset()))
+        writes.append(_Write(self._ids[id(tensor)], tensor.shape, tensor.stride(), int(tensor.storage_offset())))
         self._seen[id(tensor)] = len(writes)
 
     def _refresh(self, tensor: Tensor, known: int | None, write: _Write) -> int | None:
