@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from widerf._checks import require, require_known
-from widerf.geometry import ntuple, tap_coordinates
+from widerf._checks import require_known
+from widerf.designs import multiscale, rings, spacings, stratified
+from widerf.geometry import tap_coordinates
 from widerf.stack import Coverage, coverage
+from widerf.taps import dense_taps, match_dense, require_groups, sizes, window
 
 __all__ = [
     "NAMED",
@@ -33,87 +35,17 @@ __all__ = [
     "grid",
     "match_dense",
     "mixed",
+    "multiscale",
     "natural_groups",
     "partition",
     "random",
+    "rings",
+    "stratified",
     "window",
 ]
 
 Size = int | Sequence[int]
 Pattern = Callable[..., Tensor]
-
-
-def sizes(kernel_size: Size, extent: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return kernel size and extent as tuples of the same rank; two integers stand for two axes.
-
-    Raises:
-        ValueError: if an extent is smaller than the kernel on its axis.
-
-    Example:
-        >>> sizes(3, (7, 7, 5))
-        ((3, 3, 3), (7, 7, 5))
-    """
-    rank = next((len(s) for s in (kernel_size, extent) if not isinstance(s, int)), 2)
-    k, s = ntuple(kernel_size, rank, "kernel_size"), ntuple(extent, rank, "extent")
-    require(all(n >= 1 for n in k), "kernel_size", "be positive", kernel_size)
-    require(
-        all(a >= b for a, b in zip(s, k, strict=True)), "extent", f"be at least kernel_size {k} on each axis", extent
-    )
-    return k, s
-
-
-def window(kernel_size: Size, extent: Size) -> Tensor:
-    """Return the offsets of all cells of the window, int64 ``(prod(extent), D)``, in C order.
-
-    The window has the same centre as the k dense taps: on each axis it begins ``(S − k)//2`` cells before them, so that
-    a layer of extent S and padding p is a dense S-tap convolution of padding ``p + (S − k)/2``. If S − k is odd, the
-    window reaches one cell further on the high side.
-
-    Example:
-        >>> window((3,), (5,)).flatten().tolist()
-        [-2, -1, 0, 1, 2]
-        >>> window((2,), (4,)).flatten().tolist()
-        [-1, 0, 1, 2]
-    """
-    k, s = sizes(kernel_size, extent)
-    axes = [range(-((b - 1) // 2) - (a - b) // 2, a - (b - 1) // 2 - (a - b) // 2) for a, b in zip(s, k, strict=True)]
-    return torch.tensor(list(itertools.product(*axes)), dtype=torch.int64)
-
-
-def dense_taps(kernel_size: Size) -> Tensor:
-    """Return the offsets of the dense kernel, int64 ``(taps, D)``: the window of extent k.
-
-    Example:
-        >>> dense_taps((3,)).flatten().tolist()
-        [-1, 0, 1]
-    """
-    return window(kernel_size, kernel_size)
-
-
-def match_dense(offsets: Tensor, kernel_size: Size) -> Tensor:
-    """Order each group's taps so that tap t is the partner of dense tap t.
-
-    The assignment maximises Σ_t m_t · o_t with m_t the centred coordinate of dense tap t and o_t the offset it is
-    sent to. That minimises Σ_t |c·m_t − o_t|² for every scale c > 0 at once: the upper left weight of a trained
-    kernel goes to an upper left tap, however wide the window is. The dense kernel itself is left in order.
-
-    Args:
-        offsets: int64 ``(groups, taps, D)``.
-        kernel_size: the kernel whose weights the taps will carry.
-
-    Returns:
-        the same offsets, taps reordered within each group.
-
-    Example:
-        >>> match_dense(torch.tensor([[[4], [-3], [0]]]), (3,)).flatten().tolist()
-        [-3, 0, 4]
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    k = ntuple(kernel_size, offsets.shape[-1], "kernel_size")
-    benefit = torch.einsum("td,gsd->gts", tap_coordinates(k), offsets.double())
-    order = [torch.from_numpy(linear_sum_assignment(b.numpy(), maximize=True)[1]) for b in benefit]
-    return torch.stack([o[i] for o, i in zip(offsets, order, strict=True)]) if order else offsets
 
 
 def _cells_per_group(cells: int, taps: int, groups: int, generator: Generator | None) -> Tensor:
@@ -130,10 +62,6 @@ def _cells_per_group(cells: int, taps: int, groups: int, generator: Generator | 
             deck = [c for c in deck if c not in set(fresh)]
         rows.append(row)
     return torch.tensor(rows, dtype=torch.int64).reshape(groups, taps)
-
-
-def _require_groups(groups: int) -> None:
-    require(isinstance(groups, int) and groups >= 1, "groups", "be a positive integer", groups)
 
 
 def partition(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
@@ -158,7 +86,7 @@ def partition(kernel_size: Size, extent: Size, groups: int = 1, generator: Gener
         (81, 81)
     """
     k, s = sizes(kernel_size, extent)
-    _require_groups(groups)
+    require_groups(groups)
     cells = window(k, s)
     return match_dense(cells[_cells_per_group(len(cells), math.prod(k), groups, generator)], k)
 
@@ -175,7 +103,7 @@ def centered(kernel_size: Size, extent: Size, groups: int = 1, generator: Genera
         torch.Size([3, 9, 2])
     """
     k, s = sizes(kernel_size, extent)
-    _require_groups(groups)
+    require_groups(groups)
     cells = window(k, s)
     centre = (cells == 0).all(dim=1)
     rest = cells[~centre][_cells_per_group(len(cells) - 1, math.prod(k) - 1, groups, generator)]
@@ -194,7 +122,7 @@ def mixed(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator
         True
     """
     k, s = sizes(kernel_size, extent)
-    _require_groups(groups)
+    require_groups(groups)
     near = dense_taps(k).expand(groups // 2, -1, -1)
     return torch.cat([near, partition(k, s, groups - groups // 2, generator)])
 
@@ -217,7 +145,7 @@ def gaussian(kernel_size: Size, extent: Size, groups: int = 1, generator: Genera
         torch.Size([4, 9, 2])
     """
     k, s = sizes(kernel_size, extent)
-    _require_groups(groups)
+    require_groups(groups)
     z = tap_coordinates(s) / torch.tensor(s, dtype=torch.float64) * 4
     return match_dense(window(k, s)[_draw((-z.square().sum(1) / 2).exp(), math.prod(k), groups, generator)], k)
 
@@ -233,7 +161,7 @@ def random(kernel_size: Size, extent: Size, groups: int = 1, generator: Generato
         torch.Size([4, 9, 2])
     """
     k, s = sizes(kernel_size, extent)
-    _require_groups(groups)
+    require_groups(groups)
     cells = window(k, s)
     return match_dense(cells[_draw(torch.ones(len(cells)), math.prod(k), groups, generator)], k)
 
@@ -248,7 +176,7 @@ def grid(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator 
         [-3, 0, 3]
     """
     k, s = sizes(kernel_size, extent)
-    _require_groups(groups)
+    require_groups(groups)
     first = window(k, s)[0]
     spacing = [(a - 1) // (b - 1) if b > 1 else 1 for a, b in zip(s, k, strict=True)]
     start = [(a - 1 - d * (b - 1)) // 2 for a, b, d in zip(s, k, spacing, strict=True)]
@@ -263,11 +191,14 @@ NAMED: dict[str, Pattern] = {
     "gaussian": gaussian,
     "random": random,
     "grid": grid,
+    "rings": rings,
+    "stratified": stratified,
+    "multiscale": multiscale,
 }
 
 
 def natural_groups(pattern: str, kernel_size: Size, extent: Size) -> int:
-    """Return the least number of groups with which ``pattern`` reads the whole window, if any does.
+    """Return how many groups ``pattern`` needs: to read the whole window, or to have all its radii or spacings.
 
     Example:
         >>> natural_groups("mixed", 3, 9), natural_groups("partition", 3, 9), natural_groups("grid", 3, 9)
@@ -278,6 +209,12 @@ def natural_groups(pattern: str, kernel_size: Size, extent: Size) -> int:
     cells, taps = math.prod(s), math.prod(k)
     if pattern == "grid" or s == k:
         return 1
+    if pattern == "stratified":
+        return math.prod(math.ceil(a / b) for a, b in zip(s, k, strict=True))
+    if pattern == "multiscale":
+        return len(spacings(k, s))
+    if pattern == "rings":
+        return max(2, max(s) // 2)
     if pattern == "centered":
         return math.ceil((cells - 1) / (taps - 1)) if taps > 1 else 1
     return math.ceil(cells / taps) * (2 if pattern == "mixed" else 1)
