@@ -61,7 +61,7 @@ def multiscale(kernel_size: Size, extent: Size, groups: int = 1, generator: Gene
 
     Example:
         >>> multiscale((3,), (9,), groups=3).squeeze(-1).tolist()
-        [[-1, 0, 1], [-2, 0, 2], [-4, 0, 4]]
+        [[-1, 0, 1], [-3, 0, 3], [-4, 0, 4]]
     """
     k, s = sizes(kernel_size, extent)
     require_groups(groups)
@@ -69,11 +69,8 @@ def multiscale(kernel_size: Size, extent: Size, groups: int = 1, generator: Gene
     low, high = window(k, s)[0], window(k, s)[-1]
     rows = []
     for g in range(groups):
-        d = (
-            steps[(g * len(steps) + len(steps) - 1) // groups]
-            if groups < len(steps)
-            else steps[g * len(steps) // groups]
-        )
+        share = g / (groups - 1) * (len(steps) - 1) if 1 < groups < len(steps) else g * len(steps) // groups
+        d = steps[round(share)] if groups > 1 else steps[-1]
         apart = torch.tensor([min(d, (a - 1) // (b - 1)) if b > 1 else 1 for a, b in zip(s, k, strict=True)])
         row = dense_taps(k) * apart
         row = (
