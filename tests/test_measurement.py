@@ -56,10 +56,10 @@ def test_random_signs_converge_to_the_energy_summed_channel_by_channel(rank: int
     exact = energy(model, torch.zeros(1, 2, *(9,) * rank, dtype=torch.float64), (4,) * rank)
     exact /= exact.sum()
     errors = []
-    for samples in (64, 1024):
-        erf = measure(model, (2, *(9,) * rank), samples=samples, batch_size=64)
+    for samples in (32, 512):
+        erf = measure(model, (2, *(9,) * rank), samples=samples, batch_size=32)
         errors.append(float((erf.map - exact).abs().sum()))
-    assert errors[1] < 0.1
+    assert errors[1] < 0.15
     # 16 times the draws: a quarter of the error.
     assert 0.12 < errors[1] / errors[0] < 0.5
 
@@ -107,7 +107,7 @@ def test_two_sigma_sizes_of_uniform_stacks_lie_in_their_intervals(layers: int) -
     side = 2 * layers + 1
     truth = uniform_stack(layers)
     model = plain(layers, channels=12, image=12).float()
-    erf = measure(model, (12, side, side), samples=48, redraw=he)
+    erf = measure(model, (12, side, side), samples=32, redraw=he)
     assert erf.clipped == 0
     low, high = erf.interval("std", 0.99)
     assert low < math.sqrt(layers * 2 / 3) < high

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from widerf._checks import require, require_known
+from widerf.border import clipped_share
+from widerf.gaussian import GaussianFit, fit_gaussian
+from widerf.jackknife import jackknife_error
 
 CLIPPED_LIMIT = 0.01
 _FIGURES = ("std", "std_per_axis", "centroid", "size", "radius", "area_ratio", "excess_kurtosis", "clipped")
@@ -21,21 +24,6 @@ _FIGURES = ("std", "std_per_axis", "centroid", "size", "radius", "area_ratio", "
 
 class ClippedWarning(UserWarning):
     """The image border cuts off, or could cut off, more than one per cent of an ERF's mass."""
-
-
-@dataclass(frozen=True)
-class GaussianFit:
-    """Least-squares fit of a Gaussian with axis-parallel axes to the energy map.
-
-    Attributes:
-        sigma: standard deviation per axis, input pixels.
-        mean: centre per axis, input pixels.
-        r2: share of the map's variance over pixels that the fit explains.
-    """
-
-    sigma: tuple[float, ...]
-    mean: tuple[float, ...]
-    r2: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,12 +188,12 @@ class ERF:
         Raises:
             ValueError: if the map has fewer pixels than the fit has parameters.
         """
-        return _fit_gaussian(self.map.numpy(), self.centroid, self.std_per_axis)
+        return fit_gaussian(self.map.numpy(), self.centroid, self.std_per_axis)
 
     def standard_error(self, figure: str | Callable[[ERF], float] = "std", **arguments: Any) -> Any:
-        """Standard error of a figure over the draws, by the delete-a-group jackknife.
+        """Standard error of a figure over the draws, by the jackknife.
 
-        Groups of draws of unequal size are weighted after Busing, Meijer and van der Leeden (1999), eq. 10.
+        See :func:`widerf.jackknife.jackknife_error`.
 
         Args:
             figure: name of a figure, or a function of an ERF.
@@ -226,11 +214,7 @@ class ERF:
         total = self.blocks.sum(0, dtype=torch.float64)
         left_out = [replace(self, map=_unit_sum(total - block), blocks=None) for block in self.blocks]
         partial = np.asarray([_figure(erf, figure, arguments) for erf in left_out])
-        shape = (-1,) + (1,) * (partial.ndim - 1)
-        h = (sum(self.block_samples) / np.asarray(self.block_samples, dtype=float)).reshape(shape)
-        pseudo = h * full - (h - 1) * partial
-        center = len(h) * full - ((h - 1) / h * partial).sum(0)
-        error = np.sqrt(((pseudo - center) ** 2 / (h - 1)).mean(0))
+        error = jackknife_error(full, partial, self.block_samples)
         return float(error) if error.ndim == 0 else tuple(map(float, error))
 
     def interval(self, figure: str | Callable[[ERF], float] = "std", confidence: float = 0.95, **arguments: Any) -> Any:
@@ -319,57 +303,6 @@ class ERF:
         return float(values)
 
 
-def clipped_share(
-    share: Tensor,
-    center: Sequence[float],
-    trf_size: Sequence[int] | None,
-    jump: Sequence[float] | None = None,
-) -> float:
-    """Estimate the share of an ERF's mass that the image border cuts off.
-
-    A side of the image that the TRF does not cross cuts nothing. On a side that it crosses by L pixels the marginal of
-    the map is continued beyond the border by the exponential through its two outermost bands, up to L. For a map with a
-    log-concave marginal, as the ERF of a convolutional network has nearly, that continuation is an upper bound. With no
-    known TRF, L is the image's own length: a flat map, saturated by global paths, is flagged.
-
-    Args:
-        share: energy map that sums to 1.
-        center: centre of the TRF per axis.
-        trf_size: pixels per axis of the TRF, or None.
-        jump: input pixels between neighbouring units; the bands are whole multiples of it, so that the pattern that
-            strides leave on the map cancels.
-
-    Returns:
-        cut / (1 + cut), where cut is the mass of all continuations.
-
-    Example:
-        >>> flat = torch.full((9,), 1 / 9)
-        >>> clipped_share(flat, (4,), (9,)), round(clipped_share(flat, (4,), (11,)), 3)
-        (0.0, 0.182)
-    """
-    cut = 0.0
-    for axis, n in enumerate(share.shape):
-        others = [a for a in range(share.ndim) if a != axis]
-        marginal = share.sum(others) if others else share
-        step = 1 if jump is None else max(round(jump[axis]), 1)
-        band = min(step * max(round(n / (8 * step)), 1), n // 2)
-        half = math.inf if trf_size is None else (trf_size[axis] - 1) / 2
-        for values, inside in ((marginal, center[axis]), (marginal.flip(0), n - 1 - center[axis])):
-            beyond = min(half - inside, float(n))
-            if beyond > 0 and band > 0:
-                cut += _continuation(float(values[:band].mean()), float(values[band : 2 * band].mean()), band, beyond)
-    return cut / (1 + cut)
-
-
-def _continuation(outer: float, inner: float, band: int, length: float) -> float:
-    """Mass over ``length`` beyond the border of the exponential through the means of the two outermost bands."""
-    if outer <= 0:
-        return 0.0
-    rate = math.log(inner / outer) / band if inner > outer else 0.0
-    edge = outer * math.exp(-rate * band / 2)
-    return edge * length if rate * length < 1e-9 else edge * -math.expm1(-rate * length) / rate
-
-
 def _moments(marginal: Tensor) -> tuple[float, float, float]:
     """Mean, variance and fourth central moment of a distribution over 0, 1, 2, and so on."""
     at = torch.arange(len(marginal), dtype=torch.float64)
@@ -403,32 +336,3 @@ def _clipped_message(share: Tensor, trf_size: tuple[int, ...] | None, clipped: f
         return f"{text}; the unit sees the whole image at any size"
     wide = tuple(max(t, n) for t, n in zip(trf_size, share.shape, strict=True))
     return f"{text}; a spatial input size of {wide} or more would hold all of it"
-
-
-def _fit_gaussian(energy: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> GaussianFit:
-    from scipy.optimize import least_squares
-
-    rank = energy.ndim
-    require(energy.size > 2 * rank + 1, "map", f"have more than {2 * rank + 1} pixels for a Gaussian fit", energy.size)
-    axes = [np.arange(n, dtype=np.float64) for n in energy.shape]
-    scale = energy.max()
-
-    def shape_of(parameters: Any) -> Any:
-        bell = np.ones((1,) * rank)
-        for axis, at in enumerate(axes):
-            z = (at - parameters[axis]) / np.exp(parameters[rank + axis])
-            bell = bell * np.exp(-0.5 * z**2).reshape([-1 if a == axis else 1 for a in range(rank)])
-        return bell
-
-    def residual(parameters: Any) -> Any:
-        # The height enters linearly: its best value for these parameters is put in (variable projection).
-        bell = shape_of(parameters)
-        height = (bell * energy).sum() / max((bell**2).sum(), 1e-300)
-        return ((height * bell - energy) / scale).ravel()
-
-    start = [*mean, *(math.log(max(s, 0.5)) for s in std)]
-    bounds = ([-1.0] * rank + [math.log(0.1)] * rank, [*energy.shape] + [math.log(10 * n + 1) for n in energy.shape])
-    best = least_squares(residual, start, bounds=bounds)
-    spread = ((energy - energy.mean()) ** 2).sum() / scale**2
-    r2 = 1 - 2 * best.cost / spread if spread > 0 else 0.0
-    return GaussianFit(tuple(np.exp(best.x[rank:]).tolist()), tuple(best.x[:rank].tolist()), float(r2))

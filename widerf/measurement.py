@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from widerf._checks import require
 from widerf.erf import ERF
-from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer, tensors_in
+from widerf.images import Images
+from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
 from widerf.receptive import from_tape
 from widerf.sandbox import untouched
 from widerf.trace import UntreatedOperatorError, record
@@ -92,7 +93,7 @@ def measure(
     units = _units(unit, site.spatial_shape)
     generator = torch.Generator().manual_seed(_SEED) if generator is None else generator
     batch = batch_size or (1 if redraw else min(8, samples))
-    images = _Images(inputs, input_size, probe_input(model, input_size, 0), generator)
+    images = Images(inputs, input_size, probe_input(model, input_size, 0), generator)
     backward = _Backward(model, site, units, generator)
     blocks = _Blocks()
     geometry = _geometry(model, input_size, site, units)
@@ -121,7 +122,7 @@ def _units(unit: Unit | Sequence[Unit] | None, spatial_shape: tuple[int, ...]) -
 
 
 def _draws(
-    model: nn.Module, images: _Images, backward: _Backward, redraw: Redraw | None, batch: int, samples: int
+    model: nn.Module, images: Images, backward: _Backward, redraw: Redraw | None, batch: int, samples: int
 ) -> Iterator[Tensor]:
     """Yield the energies ``(draws, *spatial)`` of one pass after another, ``samples`` draws in all."""
     done = 0
@@ -138,47 +139,6 @@ def _draws(
                 energies = backward(x).mean(0, keepdim=True)
         done += per_pass
         yield energies
-
-
-class _Images:
-    """Batches of random or real images, of the size asked for."""
-
-    def __init__(
-        self, source: Tensor | Iterable[Any] | None, size: tuple[int, ...], like: Tensor, generator: torch.Generator
-    ) -> None:
-        self.size, self.like, self.generator = size, like, generator
-        self.random = source is None
-        known = source is None or isinstance(source, Tensor | Iterable)
-        require(known, "inputs", "be a tensor, an iterable or None", type(source).__name__, TypeError)
-        self.batches = iter(()) if source is None else iter([source] if isinstance(source, Tensor) else source)
-        self.rest = like
-
-    def take(self, count: int) -> Tensor:
-        """Up to ``count`` images; fewer when the source is at its end."""
-        if self.random:
-            device, dtype = self.generator.device, self.like.dtype
-            x = torch.randn((count, *self.size), generator=self.generator, device=device, dtype=torch.float32)
-            return x.to(self.like.device, dtype)
-        while len(self.rest) < count:
-            batch = next(self.batches, None)
-            if batch is None:
-                break
-            self.rest = torch.cat([self.rest, self._images(batch)])
-        taken, self.rest = self.rest[:count], self.rest[count:]
-        return taken
-
-    def _images(self, batch: Any) -> Tensor:
-        first = next(tensors_in(batch), None)
-        require(first is not None, "inputs", "yield tensors", type(batch).__name__, TypeError)
-        assert first is not None
-        images = first[None] if first.ndim == len(self.size) else first
-        require(images.is_floating_point(), "inputs", "hold floating-point images", images.dtype, TypeError)
-        shape = tuple(images.shape)
-        require(
-            shape[1:] == self.size, "inputs", f"have the shape of input_size {self.size} after the batch axis", shape
-        )
-        require(bool(images.isfinite().all()), "inputs", "be finite", "NaN or infinity")
-        return images.to(self.like.device, self.like.dtype)
 
 
 class _Reached(Exception):  # noqa: N818  (not an error: it ends the forward pass)
