@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import widerf
 from experiments.harness import Record, autocast
 from experiments.tasks import Task
+from widerf.erf import ClippedWarning
 
 
 @dataclass
@@ -71,7 +73,10 @@ def erf_of(net: nn.Module, task: Task, seed: int, samples: int) -> widerf.ERF:
     inputs = task.erf_inputs[:samples].to(device) if task.erf_inputs is not None else None
     generator = torch.Generator(device).manual_seed(seed)
     net.eval()
-    return widerf.measure(net, task.erf_size, layer="features", inputs=inputs, samples=samples, generator=generator)
+    with warnings.catch_warnings():
+        # How much the border cuts off is in the record and stands under each map of the report.
+        warnings.simplefilter("ignore", ClippedWarning)
+        return widerf.measure(net, task.erf_size, layer="features", inputs=inputs, samples=samples, generator=generator)
 
 
 def figures(erf: widerf.ERF) -> Record:
