@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -32,7 +33,6 @@ def clipped_share(
         cut / (1 + cut), where cut is the mass of all continuations.
 
     Example:
-        >>> import torch
         >>> flat = torch.full((9,), 1 / 9)
         >>> clipped_share(flat, (4,), (9,)), round(clipped_share(flat, (4,), (11,)), 3)
         (0.0, 0.182)
@@ -42,13 +42,20 @@ def clipped_share(
         others = [a for a in range(share.ndim) if a != axis]
         marginal = share.sum(others) if others else share
         step = 1 if jump is None else max(round(jump[axis]), 1)
-        band = min(step * max(round(n / (8 * step)), 1), n // 2)
+        # Half a standard deviation: narrow enough to follow the tail.
+        band = min(step * max(round(_spread(marginal) / (2 * step)), 1), n // 2)
         half = math.inf if trf_size is None else (trf_size[axis] - 1) / 2
         for values, inside in ((marginal, center[axis]), (marginal.flip(0), n - 1 - center[axis])):
             beyond = min(half - inside, float(n))
             if beyond > 0 and band > 0:
                 cut += _continuation(float(values[:band].mean()), float(values[band : 2 * band].mean()), band, beyond)
     return cut / (1 + cut)
+
+
+def _spread(marginal: Tensor) -> float:
+    at = torch.arange(len(marginal), dtype=marginal.dtype)
+    mean = (marginal * at).sum()
+    return math.sqrt(float((marginal * (at - mean) ** 2).sum()))
 
 
 def _continuation(outer: float, inner: float, band: int, length: float) -> float:
