@@ -212,7 +212,7 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The table as Markdown."""
     lines = [
         "| case | measured std (95 % interval), draws | predicted std, first weights | off | mean of "
-        f"{WEIGHT_DRAWS} weights ± sd | off | map correlation, first / mean (at most) | seconds, measured / predicted |",
+        f"{WEIGHT_DRAWS} weights ± sd | off | map correlation, first / mean (at most) | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases():

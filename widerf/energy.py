@@ -6,14 +6,14 @@ For y = f(x) with Jacobian J and a gradient g at y whose elements are uncorrelat
 
 so every rule multiplies by the *squared* Jacobian of its operator, at the recorded activations. Random weights of mean
 zero make gradients uncorrelated; where no weights lie between two operators (x·σ(x), relu(x + f(x))) they are not, and
-such element-wise operators are therefore differentiated together, as one function, before the square is taken. What is left out:
+such element-wise operators are differentiated together, as one function, before the square is taken. Left out is,
 where a normalisation over n elements is written out in single operators, the correlation of an element's direct
 path with that through the mean (2/n of the energy; the norms that torch knows as such are exact).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class _Pass:
             ):
                 flows[value] = flows[value].joined(part) if value in flows else part
             if kind in ("convolution", "matmul", "normalisation"):
-                _rescale(flows)
+                _rescale(flows, step.inputs.values())
         return flows[0].total() if 0 in flows else torch.zeros_like(self.tape.values[0])
 
     def _rule(self, step: Step, kind: Kind, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
@@ -95,6 +95,9 @@ class _Pass:
         if len(group) == 1 and _is_plain_sum(root):
             for value in sources:
                 yield value, flow.times(None, shapes[value])
+            return
+        if len(group) == 1 and root.name == "relu":  # the most frequent one, without autograd
+            yield sources[0], flow.times((self.tape.values[sources[0]] > 0).to(flow.energy.dtype), shapes[sources[0]])
             return
         with torch.enable_grad():
             tensors = {v: self.tape.values[v].detach().expand(flow.energy.shape).requires_grad_() for v in sources}
@@ -134,8 +137,8 @@ def _is_plain_sum(step: Step) -> bool:
     return step.name == "add" and not scaled and len(set(values)) == len(values)
 
 
-def _rescale(flows: dict[int, Flow]) -> None:
-    largest = max((float(flow.energy.detach().max()) for flow in flows.values()), default=1.0)
+def _rescale(flows: dict[int, Flow], changed: Iterable[int]) -> None:
+    largest = max((float(flows[value].energy.max()) for value in changed if value in flows), default=1.0)
     if largest > 0 and not _SMALL < largest < _LARGE:
         for value, flow in flows.items():
             flows[value] = flow.scaled(1 / largest)
@@ -255,11 +258,11 @@ def _normalisation(
     eps: Any = arguments.get("eps", arguments.get("epsilon"))
     if "batch_norm" in step.name:
         per_channel = (1, -1, *(1 for _ in range(x.ndim - 2)))
-        if weight is not None:
-            energy = energy * weight.square().view(per_channel)
+        scale = x.new_ones(x.shape[1]) if weight is None else weight.square()
         if not arguments.get("training", "no_training" not in step.name):
-            yield 0, energy / (arguments["running_var"].view(per_channel) + eps)
+            yield 0, energy * (scale / (arguments["running_var"] + eps)).view(per_channel)
             return
+        energy = energy * scale.view(per_channel)
         yield 0, _standardised(x, energy, (0, *range(2, x.ndim)), eps)
     elif step.name == "native_group_norm":
         if weight is not None:

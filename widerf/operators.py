@@ -19,14 +19,14 @@ Kind = Literal[
 _LISTS: dict[Kind, str] = {
     # Outputs are copies of inputs: each output element reads one input element, or a constant.
     "moves": (
-        "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select split "
-        "split_with_sizes unbind cat stack constant_pad_nd clone alias detach _to_copy as_strided take index "
-        "index_select gather roll flip repeat pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle "
-        "unfold reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-        "replication_pad3d "
-        "contiguous lift_fresh diagonal movedim copy topk sort im2col slice_scatter select_scatter index_put unflatten "
-        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-        "_upsample_nearest_exact3d tril triu rot90 repeat_interleave narrow chunk"
+        "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select "
+        "split split_with_sizes unsafe_split unsafe_split_with_sizes unbind cat stack constant_pad_nd clone "
+        "alias detach _to_copy as_strided take index index_select gather roll flip repeat pixel_shuffle "
+        "pixel_unshuffle channel_shuffle native_channel_shuffle unfold reflection_pad1d reflection_pad2d "
+        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d contiguous lift_fresh "
+        "diagonal movedim copy topk sort im2col slice_scatter select_scatter index_put unflatten "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+        "_upsample_nearest_exact2d _upsample_nearest_exact3d tril triu rot90 repeat_interleave narrow chunk"
     ),
     # Element by element, with broadcasting. Operators that torch itself marks as such need not be listed.
     "pointwise": (
