@@ -1,5 +1,4 @@
-"""Does a pattern beat the grid? Street scenes labelled pixel by pixel by small networks that differ in their taps
-alone.
+"""Does a pattern beat the grid? Small networks that differ in their taps alone label street scenes.
 
 ``python -m experiments.camvid --data-dir DIR --out FOLDER``. CamVid at 120×90 (label maps by nearest neighbour), six
 3×3 layers of 36 channels with batch norm at full resolution and a 1×1 readout. Every arm has the same weights, the same
@@ -234,8 +233,9 @@ def summary(records: Sequence[Record], arms: Sequence[str], settings: Record) ->
         "# CamVid: patterns against grids",
         "",
         f"`python -m experiments.camvid`, n = {len(seeds)} paired seeds,",
-        f"{settings['steps']} steps of {settings['batch']} frames. mIoU of the 101 `val` frames; differences and ratios with",
-        "95 % t-intervals over pairs. Steps: to the final mIoU on the held-out frames that dense of the same seed ends with.",
+        f"{settings['steps']} steps of {settings['batch']} frames. mIoU of the 101 `val` frames; differences and ratios",
+        "with 95 % t-intervals over pairs. Steps: to the final mIoU on the held-out frames that dense of the same seed",
+        "ends with.",
         "",
         "| arm | lr | mIoU | − dense | − grid-growing | steps / dense | ERF std before | after |",
         "|---" * 8 + "|",
