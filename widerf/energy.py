@@ -138,7 +138,7 @@ def _is_plain_sum(step: Step) -> bool:
 
 
 def _rescale(flows: dict[int, Flow], changed: Iterable[int]) -> None:
-    largest = max((float(flows[value].energy.max()) for value in changed if value in flows), default=1.0)
+    largest = max((float(flows[value].energy.detach().max()) for value in changed if value in flows), default=1.0)
     if largest > 0 and not _SMALL < largest < _LARGE:
         for value, flow in flows.items():
             flows[value] = flow.scaled(1 / largest)
