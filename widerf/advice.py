@@ -57,9 +57,9 @@ def silent_branches(model: nn.Module) -> dict[str, float]:
     """
     found = {}
     for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, parameter in module._parameters.items():
             norm = key == "weight" and "norm" in type(module).__name__.lower()
-            if not (norm or _SCALE.search(key)) or not _readable(parameter):
+            if parameter is None or not (norm or _SCALE.search(key)) or not _readable(parameter):
                 continue
             largest = float(parameter.detach().abs().max())
             if largest <= _SILENT:
@@ -82,7 +82,7 @@ def undone(model: nn.Module, kernels: Sequence[Kernel]) -> dict[str, str]:
     convolutions = {kernel.name: kernel for kernel in kernels}
     notes: dict[str, str] = {}
     for name, block in model.named_modules():
-        if not name or not any(callable(getattr(block, method, None)) for method in _FUSES):
+        if not name or not any(hasattr(type(block), method) for method in _FUSES):
             continue
         inside = [kernel for path, kernel in convolutions.items() if path.startswith(f"{name}.")]
         identity = [key for key in _BRANCHES if isinstance(getattr(block, key, None), nn.Module)]
@@ -99,8 +99,10 @@ def _narrower(other: Kernel, kernel: Kernel) -> bool:
     same = all(
         getattr(other.module, key, None) == getattr(kernel.module, key, None) for key in ("in_channels", "out_channels")
     )
+    if other.rank != kernel.rank or not same:
+        return False
     smaller = all(a <= b for a, b in zip(other.kernel_size, kernel.kernel_size, strict=True))
-    return same and smaller and other.kernel_size != kernel.kernel_size and other.stride == kernel.stride
+    return smaller and other.kernel_size != kernel.kernel_size and other.stride == kernel.stride
 
 
 def _foreign(kernels: Sequence[Kernel]) -> list[str]:

@@ -23,7 +23,7 @@ from widerf.draws import Base, check_base
 from widerf.geometry import ntuple
 from widerf.kernels import Kernel, Selector, find_kernels, select
 from widerf.network import Place, border_loss, chain_energy, find_places
-from widerf.profile import check_strength
+from widerf.profile import check_strength, solve_axes
 from widerf.report import Report
 from widerf.rescale import LayerChange, Step, execute, factors_for, plan
 from widerf.sandbox import untouched
@@ -138,6 +138,8 @@ def apply(
     chosen -= set() if skip is None else select(kernels, model, skip, "skip")
     require(target is None or input_size is not None, "input_size", "be given together with target", input_size)
     shapes: Shapes = lambda kernel: (kernel.shape(strength), strength)  # noqa: E731
+    wanted = [kernel for kernel in kernels if kernel.name in chosen and kernel.nothing_to_gain() is None]
+    solve_axes({k for kernel in wanted if kernel.offsets is None for c in kernel.cells for k in c.size}, strength)
     if target is not None and input_size is not None:
         shapes = shapes_for(model, kernels, chosen, target, input_size, cap)
     steps = plan(kernels, chosen, only is not None, shapes, base)

@@ -197,7 +197,7 @@ def sensitivity(
             tape.steps[index] = replace(step, leaves=(step.leaves[0], weight, *step.leaves[2:]))
             weights.append((step.module, weight))
     seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
-    centre = (slice(None), slice(None), *(n // 2 for n in site.spatial_shape))
+    centre: Any = (slice(None), slice(None), *(n // 2 for n in site.spatial_shape))
     seed[centre] = 1
     with torch.enable_grad():
         energy = backpropagate(tape, seed).double().sum(1).mean(0)
@@ -209,7 +209,7 @@ def sensitivity(
         if gradient is not None:
             tap = (weight.detach() * gradient / 2).double().sum(dim=tuple(range(weight.ndim - rank)))
             slopes[name] = slopes.get(name, 0) + tap.cpu()
-    return Sensitivity(float(variance), slopes)
+    return Sensitivity(float(variance.detach()), slopes)
 
 
 def _variance(energy: Tensor) -> Tensor:

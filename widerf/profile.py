@@ -16,11 +16,10 @@ returned unless the Karush-Kuhn-Tucker conditions hold to 1e-9.
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +106,7 @@ def _solve(programme: _Programme) -> Array:
     for _ in range(_NEWTON_STEPS):
         energies = programme.gibbs(multipliers)
         slack = programme.slack(energies)
+        active |= slack < -_RESIDUAL  # a multiplier that Clarabel could not tell from 0
         if np.abs(slack[active]).max(initial=0.0) < 1e-3 * _RESIDUAL:
             break
         hessian = programme.curvature(energies)[np.ix_(active, active)]
@@ -146,17 +146,35 @@ def corner_variance(taps: int) -> float:
     return ((taps - 1) / 2) ** 2
 
 
-@functools.lru_cache(maxsize=1024)
-def _axis_profile(taps: int, strength: float) -> tuple[float, ...]:
+_axis_profiles: dict[tuple[int, float], Array] = {}  # solved ones; small, and few strengths are ever asked for
+
+
+def solve_axes(lengths: Iterable[int], strength: float) -> None:
+    """Solve the soft corners of several axis lengths in one programme, for later calls of :func:`soft_corners`.
+
+    Most of the time of a small programme goes into setting it up, so a network's kernel sizes are solved together.
+    """
+    open_ = sorted({k for k in lengths if k > 2 and (k, strength) not in _axis_profiles})
+    if not open_ or not _RESIDUAL <= strength <= 1.0 - _RESIDUAL:
+        return
+    block = np.repeat(np.arange(len(open_)), open_)
+    squares = np.concatenate(
+        [np.linspace(-1.0, 1.0, k) ** 2 for k in open_]
+    )  # m² in [0, 1]: Clarabel needs the scaling
+    features = np.where(block[:, None] == np.arange(len(open_)), squares[:, None], 0.0)
+    bounds = np.array([(1.0 - strength) * uniform_variance(k) / corner_variance(k) + strength for k in open_])
+    energies = _solve(_Programme(features, block, np.ones(len(open_)), bounds))
+    _axis_profiles.update({(k, strength): energies[block == index] for index, k in enumerate(open_)})
+
+
+def _axis_profile(taps: int, strength: float) -> Array:
     """Return the soft-corner profile of one axis of ``taps`` taps."""
     if taps <= 2 or strength < _RESIDUAL:
-        return (1.0 / taps,) * taps
+        return np.full(taps, 1.0 / taps)
     if strength > 1.0 - _RESIDUAL:
-        return tuple(0.5 if tap in (0, taps - 1) else 0.0 for tap in range(taps))
-    feature = np.linspace(-1.0, 1.0, taps)[:, None] ** 2  # m², scaled to [0, 1]: Clarabel needs the scaling
-    bound = (1.0 - strength) * feature.mean() + strength
-    zeros = np.zeros(taps, dtype=np.int64)
-    return tuple(_solve(_Programme(feature, zeros, np.ones(1), np.array([bound]))).tolist())
+        return np.array([0.5 if tap in (0, taps - 1) else 0.0 for tap in range(taps)])
+    solve_axes([taps], strength)
+    return _axis_profiles[taps, strength]
 
 
 def soft_corners(kernel_size: Sequence[int], strength: float) -> Tensor:

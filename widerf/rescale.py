@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
@@ -132,6 +133,8 @@ def execute(step: Step, base: Base, generator: Generator | None, dry_run: bool) 
     row = LayerChange(kernel.name, kernel.kind, kernel.kernel_size, None, None, None, None, step.verdict)
     if held is None or without_values(held) is not None:
         return row
+    if math.prod(kernel.kernel_size) == 1 and not step.drawn:
+        return replace(row, std_before=0.0, std_after=0.0)  # a 1×1 kernel need not be read to know that
     energies = kernel.energies(held.read())
     before = after = kernel.std(energies)
     if step.drawn and dry_run:
@@ -207,7 +210,7 @@ def _rescale(step: Step, held: Held, energies: Tensor, shape: Tensor, dry_run: b
 
 def _note_wide(step: Step, energies: Tensor, weights: int) -> None:
     """Remark if the weights are wider than uniform ones are by chance: another call or a load may have widened them."""
-    low, high = (step.kernel.std(step.kernel.shape(s)) ** 2 for s in (0.0, 1.0))
+    low, high = step.kernel.variance_range()
     if high - low < 1e-9 * high:
         return
     place = (step.kernel.std(energies) ** 2 - low) / (high - low)
