@@ -46,8 +46,9 @@ def measure(
     channels, summed over the channels of the unit as well. One backward pass per draw is enough: with random signs s
     over the unit's channels, ``E_s[(∂(Σ_k s_k y_k)/∂x)²] = Σ_k (∂y_k/∂x)²``.
 
-    The model is measured in the mode in which it is (``model.eval()`` first, if that is meant) and comes back
-    bit-identical, as does the global random state.
+    The model is measured in the mode in which it is (``model.eval()`` first, if that is meant: in training mode batch
+    normalisation lets the images of a pass influence each other) and comes back bit-identical, as
+    does the global random state.
 
     Args:
         model: any module that maps ``(batch, *input_size)`` to anything.
@@ -97,8 +98,7 @@ def measure(
     backward = _Backward(model, site, units, generator)
     blocks = _Blocks()
     geometry = _geometry(model, input_size, site, units)
-    bar = _bar(samples, progress)
-    with untouched(model):
+    with untouched(model), _bar(samples, progress) as bar:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         # What the forward pass draws (dropout) comes from the generator too.
@@ -109,7 +109,6 @@ def measure(
             bar.update(len(energies))
             if rtol is not None and blocks.count >= _LEAST_DRAWS and blocks.precise(rtol, geometry):
                 break
-    bar.close()
     return blocks.erf(geometry)
 
 
