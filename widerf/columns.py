@@ -107,7 +107,7 @@ def _blocks(plan: Plan, x_shape: Sequence[int], size: Sequence[int], like: Tenso
     for start in range(0, batch, count):
         samples = min(count, batch - start)
         key = (threading.get_ident(), samples, *shape, *size, like.dtype)
-        block = plan.blocks.get(key)
+        block = plan.blocks.get(key) if cpu else None
         if block is None:
             keep = cpu and samples * each <= ARENA_BYTES
             with torch.inference_mode(False), torch.no_grad():

@@ -42,6 +42,15 @@ def why_not_plain(module: nn.Module, dense: type[_ConvNd]) -> str | None:
     return "it has hooks" if any(hooks) else None
 
 
+CHANGED = "not be changed in place just before compilation (call the layer once in eager mode first)"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _hash_now(offsets: Tensor) -> int:
+    """Return the hash of the taps that the buffer holds when the compiler runs; it compiles slices, not the buffer."""
+    return hash(read_taps(offsets))
+
+
 class SparseConv(_ConvNd):
     """What the three ranks share. The spatial rank is ``RANK``, the plain layer is ``DENSE``.
 
@@ -116,6 +125,7 @@ class SparseConv(_ConvNd):
         self._taps = taps
         self._forget()
         self._follow()
+        self._layout()  # here, so that a compiler finds it done
 
     def _forget(self) -> None:
         """Drop what is derived: the plans, and the mark of the offsets that they were made from."""
@@ -124,6 +134,10 @@ class SparseConv(_ConvNd):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_planned": None, "_mark": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._layout()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as PyTorch's convolutions do; the offsets stay (and come back after ``to_empty``)."""
@@ -190,6 +204,7 @@ class SparseConv(_ConvNd):
         if not self.offsets.is_meta:
             self._taps = read_taps(self.offsets)
             self._forget()
+            self._layout()
 
     def _layout(self) -> tuple[tuple[Plan, ...], Pairs, Pairs]:
         """Return the plans, the padding they work with, and what to add to the image beforehand."""
@@ -205,12 +220,15 @@ class SparseConv(_ConvNd):
                 self._taps, self.in_channels, self.kernel_size, self.stride, pads, self.dilation, self.groups
             )
             self._planned = (key, plans, pads, added)
+            self._hash = hash(self._taps)
         return self._planned[1:]
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input``, (batch, in, *spatial) or (in, *spatial)."""
         if not torch.compiler.is_compiling():
             self._follow()
+        elif torch.compiler.is_dynamo_compiling():
+            require(_hash_now(self.offsets) == self._hash, "offsets", CHANGED, "other offsets than in the last call")
         plans, pads, added = self._layout()
         wide = extend(input, added, self.padding_mode)
         return apply_plans(wide, self.weight, self.bias, plans, pads)
