@@ -1,8 +1,8 @@
 """Time to a standard error of 2 %: ``widerf.measure`` against openerf 0.6.1 on the same model and the same image files.
 
 ``python -m experiments.bench measure`` runs on random images, or on frames of CamVid where ``WIDERF_DATA`` names it.
-openerf keeps the positive part of the gradient of the summed channels, widerf the energy over all channels. Each tool is
-judged by its own standard error (jackknife over images), in two ways:
+openerf keeps the positive part of the gradient of the summed channels, widerf the energy over all channels. Each tool
+is judged by its own standard error (jackknife over images), in two ways:
 
 - the **map**: relative root-mean-square error over pixels of openerf's map and of widerf's amplitude map, which
   estimate the same shape;
