@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.reference import fingerprint
-from widerf import measure, predict
+from widerf import SparseConv2d, measure, predict, receptive_field
 from widerf.energy import backpropagate
 from widerf.layers import spatial_layer
 from widerf.sandbox import untouched
@@ -269,3 +269,17 @@ def test_a_silent_residual_branch_leaves_the_field_of_the_skip() -> None:
         warnings.simplefilter("error")
         erf = predict(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), block), (1, 11, 11))
     assert int((erf.map > 0).sum()) <= 9
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "partition", "grid"])
+def test_a_sparse_convolution_is_predicted_and_traced_like_its_dense_twin(pattern: str) -> None:
+    torch.manual_seed(0)
+    sparse = [SparseConv2d(8, 8, 3, stride=s, padding=1, extent=7, pattern=pattern, seed=s) for s in (1, 2)]
+    first = nn.Conv2d(1, 8, 3, padding=1)
+    roads = [nn.Sequential(first, nn.ReLU(), sparse[0], nn.ReLU(), sparse[1])]
+    roads.append(nn.Sequential(first, nn.ReLU(), sparse[0].to_conv2d(), nn.ReLU(), sparse[1].to_conv2d()))
+    maps = [predict(model.double(), (1, 32, 32)).map for model in roads]
+    torch.testing.assert_close(maps[0], maps[1])
+    fields = [receptive_field(model, (1, 32, 32)) for model in roads]
+    assert fields[0].size == fields[1].size == (15, 15)
+    assert fields[0].center((8, 8)) == fields[1].center((8, 8)) == (16.0, 16.0)
