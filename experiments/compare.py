@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     default = argparse.ArgumentDefaultsHelpFormatter
     line = argparse.ArgumentParser("experiments.compare", description=__doc__.split("\n")[0], formatter_class=default)
     line.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}")
-    line.add_argument("--seeds", type=int, default=5, help="paired seeds, i.e. runs of each arm")
+    line.add_argument("--seeds", type=int, default=4, help="paired seeds, i.e. runs of each arm")
     line.add_argument("--first-seed", type=int, default=0, help="the smallest seed")
     line.add_argument("--arms", nargs="+", default=list(arms.KINDS), metavar="ARM", help="arms to train")
     line.add_argument("--strengths", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="strengths of 'widened'")
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _without_maps(record: Record) -> Record:
-    erfs = {name: {k: v for k, v in record[name].items() if k != "map"} for name in ("erf_before", "erf_after")}
-    return {**record, **erfs}
+    erfs = {name: record[name] for name in ("erf_before", "erf_after") if record[name] is not None}
+    return {**record, **{name: {k: v for k, v in erf.items() if k != "map"} for name, erf in erfs.items()}}
 
 
 if __name__ == "__main__":

@@ -163,14 +163,15 @@ class Estimate:
 
 
 def paired_difference(new: Sequence[float], old: Sequence[float]) -> Estimate:
-    """Mean of new − old over pairs with its 95 % t-interval.
+    """Mean of new − old over pairs with its 95 % t-interval; a pair with a NaN is left out.
 
     Example:
         >>> print(paired_difference([2.0, 3.0, 4.0], [1.0, 2.0, 2.5]))
         1.17 (0.45 to 1.88)
     """
     difference = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)
-    mean = float(difference.mean())
+    difference = difference[~np.isnan(difference)]
+    mean = float(difference.mean()) if len(difference) else math.nan
     if len(difference) < 2:
         return Estimate(mean, -math.inf, math.inf, len(difference))
     half = float(stats.sem(difference) * stats.t.ppf(0.975, len(difference) - 1))

@@ -82,11 +82,12 @@ def _continued(values: list[float], length: int) -> list[float]:
 
 def maps(verdict: Verdict) -> Figure:
     """Draw the ERF of every arm before (first row) and after training (second row), mean over seeds, at one scale."""
-    shown = {
-        f"{arm}, {when}": _mean_erf([record[f"erf_{when}"] for record in verdict.of(arm)])
+    figures = {
+        f"{arm}, {when}": [record[f"erf_{when}"] for record in verdict.of(arm) if record[f"erf_{when}"] is not None]
         for when in ("before", "after")
         for arm in verdict.arms
     }
+    shown = {title: _mean_erf(those) for title, those in figures.items() if those}
     return plot.compare(shown, columns=len(verdict.arms))
 
 

@@ -134,7 +134,7 @@ def far_pair(radius: int) -> Task:
         erf_size=(1, 41, 41),
         erf_inputs=None,
         target=0.9,
-        steps=1500,
+        steps=800,
         every=10,
         stop_at_target=True,
         lr=3e-3,

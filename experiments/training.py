@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import widerf
 from experiments.harness import Record, autocast
 from experiments.tasks import Task
-from widerf.erf import ClippedWarning
+from widerf.erf import ClippedWarning, DeadUnitError
 
 
 @dataclass
@@ -67,8 +67,8 @@ def train(net: nn.Module, task: Task, seed: int, device: torch.device) -> Curve:
     return curve
 
 
-def erf_of(net: nn.Module, task: Task, seed: int, samples: int) -> widerf.ERF:
-    """Measure the ERF of the centre unit of the last map, on the task's real images or on N(0, 1)."""
+def erf_of(net: nn.Module, task: Task, seed: int, samples: int) -> widerf.ERF | None:
+    """Measure the ERF of the centre unit of the last map, on real images or on N(0, 1); None if the unit is dead."""
     device = next(net.parameters()).device
     inputs = task.erf_inputs[:samples].to(device) if task.erf_inputs is not None else None
     generator = torch.Generator(device).manual_seed(seed)
@@ -76,11 +76,18 @@ def erf_of(net: nn.Module, task: Task, seed: int, samples: int) -> widerf.ERF:
     with warnings.catch_warnings():
         # How much the border cuts off is in the record and stands under each map of the report.
         warnings.simplefilter("ignore", ClippedWarning)
-        return widerf.measure(net, task.erf_size, layer="features", inputs=inputs, samples=samples, generator=generator)
+        try:
+            return widerf.measure(
+                net, task.erf_size, layer="features", inputs=inputs, samples=samples, generator=generator
+            )
+        except DeadUnitError:  # training can kill every ReLU on the way: an outcome, not an error
+            return None
 
 
-def figures(erf: widerf.ERF) -> Record:
-    """Figures of an ERF for one line of results."""
+def figures(erf: widerf.ERF | None) -> Record | None:
+    """Figures of an ERF for one line of results; None for a dead unit."""
+    if erf is None:
+        return None
     return {
         "std": erf.std,
         "two_sigma_size": erf.size(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +23,7 @@ class Row:
         arm: its name.
         steps: median steps to the target; a run that never arrived counts as the longest training.
         missed: runs that never arrived.
+        dead: runs after which no gradient reaches the input from the unit; they have no ERF.
         n: runs.
         steps_ratio: steps of this arm / steps of the baseline.
         accuracy: mean final accuracy, on the test images where the task has them.
@@ -32,6 +35,7 @@ class Row:
     arm: str
     steps: float
     missed: int
+    dead: int
     n: int
     steps_ratio: Estimate | None
     accuracy: float
@@ -81,8 +85,9 @@ class Verdict:
         return [record[kind] for record in self.of(arm)]
 
     def stds(self, arm: str, when: str) -> list[float]:
-        """Return the ERF std by seed, ``when`` = before or after training."""
-        return [record[f"erf_{when}"]["std"] for record in self.of(arm)]
+        """Return the ERF std by seed, ``when`` = before or after training; NaN where the unit is dead."""
+        erfs = [record[f"erf_{when}"] for record in self.of(arm)]
+        return [math.nan if erf is None else erf["std"] for erf in erfs]
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -96,12 +101,13 @@ class Verdict:
             arm=arm,
             steps=float(np.median(self.steps(arm))),
             missed=sum(record["steps_to_target"] is None for record in self.of(arm)),
+            dead=sum(record["erf_after"] is None for record in self.of(arm)),
             n=len(self.of(arm)),
             steps_ratio=None if same else paired_ratio(self.steps(arm), self.steps(base)),
             accuracy=float(np.mean(self.accuracies(arm))),
             accuracy_difference=None if same else paired_difference(*points),
-            std_before=float(np.mean(self.stds(arm, "before"))),
-            std_after=float(np.mean(self.stds(arm, "after"))),
+            std_before=_mean(self.stds(arm, "before")),
+            std_after=_mean(self.stds(arm, "after")),
             std_ratio_before=None if same else paired_ratio(self.stds(arm, "before"), self.stds(base, "before")),
             std_ratio_after=None if same else paired_ratio(self.stds(arm, "after"), self.stds(base, "after")),
         )
@@ -114,6 +120,8 @@ class Verdict:
         says = "; ".join(self._clause(row) for row in shown) or f"only {self.baseline} was trained: nothing to compare"
         missed = [f"{row.missed} of {row.n} {row.arm} runs" for row in self.rows if row.missed]
         note = f" Never at the target, and counted as {self.longest} steps: {', '.join(missed)}." if missed else ""
+        dead = [f"{row.dead} of {row.n} {row.arm} runs" for row in self.rows if row.dead]
+        note += f" Dead after training (no gradient from the unit): {', '.join(dead)}." if dead else ""
         return f"To {self.target:.0%} on {self.records[0]['task']}: {says}.{note}"
 
     def _clause(self, row: Row) -> str:
@@ -140,6 +148,11 @@ class Verdict:
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
         )
+
+
+def _mean(values: Sequence[float]) -> float:
+    there = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(there) if there else math.nan
 
 
 def cells(row: Row) -> tuple[str, ...]:

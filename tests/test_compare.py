@@ -260,6 +260,18 @@ def test_nothing_is_claimed_when_no_run_arrives() -> None:
     assert "neither widened-0.5 nor he ever arrived" in Verdict(records, target=0.9, longest=800).sentence
 
 
+def test_a_dead_run_is_named_and_left_out_of_the_erf_figures_only() -> None:
+    records = [record("he", s, 300) for s in range(4)] + [record("widened-0.5", s, 200 + s, std=3.0) for s in range(4)]
+    records[5]["erf_after"] = None
+    verdict = Verdict(records, target=0.9, longest=800)
+    row = verdict.rows[1]
+    assert (row.dead, row.n, row.std_after) == (1, 4, 3.0)
+    assert row.steps_ratio is not None
+    assert row.std_ratio_after is not None
+    assert (row.steps_ratio.n, row.std_ratio_after.n) == (4, 3)
+    assert "1 of 4 widened-0.5 runs" in verdict.sentence
+
+
 def test_the_sentence_of_one_arm_says_that_there_is_nothing_to_compare() -> None:
     assert "nothing to compare" in Verdict([record("he", 0, 10)], target=0.9, longest=800).sentence
 

@@ -22,6 +22,10 @@ CLIPPED_LIMIT = 0.01
 _FIGURES = ("std", "std_per_axis", "centroid", "size", "radius", "area_ratio", "excess_kurtosis", "clipped")
 
 
+class DeadUnitError(ValueError):
+    """No gradient reaches the input from a unit: it is dead or silent, and has no effective receptive field."""
+
+
 class ClippedWarning(UserWarning):
     """The image border cuts off, or could cut off, more than one per cent of an ERF's mass."""
 
@@ -102,9 +106,10 @@ class ERF:
             bool(energy.isfinite().all()) and bool((energy >= 0).all()), "energy", "be finite and ≥ 0", _range(energy)
         )
         total = float(energy.sum())
-        require(
-            total > 0, "energy", "be positive somewhere (no gradient reaches the input: dead or silent unit)", total
-        )
+        if total == 0:
+            raise DeadUnitError(
+                "energy must be positive somewhere (no gradient reaches the input: dead or silent unit)"
+            )
         share = energy / total
         size = None if trf_size is None else tuple(trf_size)
         step = None if jump is None else tuple(float(j) for j in jump)

@@ -71,7 +71,8 @@ def measure(
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if an argument breaks its rule, if the gradient is zero in all draws (a dead unit) or not finite.
+        ValueError: if an argument breaks its rule, or the gradient is not finite.
+        DeadUnitError: (a ``ValueError``) if the gradient is zero in all draws.
 
     Warns:
         ClippedWarning: if the image border cuts off more than one per cent of the mass.
