@@ -92,6 +92,7 @@ def test_stem_first_stage_1x1_and_patchify_stay_dense_and_multiplications_stay()
     assert report["stage3.1.conv1"].extent == automatic_extent((3, 3), (8, 8)) == (5, 5)
 
 
+@pytest.mark.filterwarnings("ignore::widerf.erf.ClippedWarning")
 def test_the_predicted_erf_is_that_of_the_two_models() -> None:
     net = Net()
     before = widerf.predict(net, (3, 64, 64)).std
@@ -221,7 +222,7 @@ def test_a_trained_model_can_be_fine_tuned_by_the_optimiser_that_it_has() -> Non
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -240,7 +241,7 @@ def test_the_report_reads_as_text_html_and_json() -> None:
         (ValueError, "pattern must be one of .*did you mean 'mixed'", {"extent": 7, "pattern": "mixt"}),
         (TypeError, "extent must be an integer, got 7.5", {"extent": 7.5}),
         (ValueError, "extent must be positive, got 0", {"extent": 0}),
-        (ValueError, "only must match a convolution of the model in every entry, got 'stage9'", {"extent": 7, "only": "stage9"}),
+        (ValueError, "only must match a convolution .*got 'stage9'", {"extent": 7, "only": "stage9"}),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_changed(error: Any, message: str, arguments: dict[str, Any]) -> None:

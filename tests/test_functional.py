@@ -53,7 +53,7 @@ def layers(draw: Any) -> tuple[Any, Tensor]:
         draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
         dtype=torch.float64,
         extent=extent,
-        pattern=draw(st.sampled_from(sorted(patterns.NAMED))),
+        pattern=draw(st.sampled_from(sorted(set(patterns.NAMED) - ({"rings"} if rank != 2 else set())))),
         seed=draw(st.integers(0, 2**31)),
     )
     needed = [d * (n - 1) + 1 for n, d in zip(k, dilation, strict=True)]

@@ -28,7 +28,8 @@ def arguments(draw: Any) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
     rank = draw(st.integers(1, 3))
     k = tuple(draw(st.integers(1, 5 if rank < 3 else 3)) for _ in range(rank))
     extent = tuple(n + draw(st.integers(0, 9 if rank < 3 else 3)) for n in k)
-    return draw(st.sampled_from(NAMES)), k, extent, draw(st.integers(1, 12))
+    names = [name for name in NAMES if rank == 2 or name != "rings"]  # circles need two axes
+    return draw(st.sampled_from(names)), k, extent, draw(st.integers(1, 12))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -203,7 +204,8 @@ def test_predicted_std_lies_in_the_interval_of_the_measured_one_up_to_31(name: s
         (ValueError, "groups must be a positive integer, got 0", lambda: patterns.mixed(3, 7, 0)),
         (TypeError, "kernel_size must hold integers", lambda: patterns.mixed((3.0, 3), 7)),
         (ValueError, "extent must be one integer or 2", lambda: patterns.mixed((3, 3), (7, 7, 7))),
-        (ValueError, "pattern must be one of 'mixed', .*did you mean 'mixed'", lambda: patterns.natural_groups("mixt", 3, 7)),
+        (ValueError, "pattern must be one of .*did you mean 'mixed'", lambda: patterns.natural_groups("mixt", 3, 7)),
+        (ValueError, "kernel_size must have two axes with pattern 'rings'", lambda: patterns.rings((3,), (7,))),
         (ValueError, "list_of_offsets must hold at least one layer", lambda: coverage([])),
         (TypeError, "list_of_offsets must hold integer tensors", lambda: coverage([torch.zeros(1, 9, 2)])),
         (ValueError, "jumps must hold 1 integers", lambda: coverage([dense_taps(3)[None]], jumps=[1, 2])),
@@ -231,3 +233,30 @@ def test_the_natural_number_of_groups_is_the_least_that_reads_the_window() -> No
         step = 2 if name == "mixed" else 1
         assert len(per_cell(patterns.NAMED[name](3, 7, n, seeded()))) == 49
         assert len(per_cell(patterns.NAMED[name](3, 7, n - step, seeded()))) < 49
+
+
+@pytest.mark.parametrize(("k", "extent"), [((3, 3), (9, 9)), ((3, 3), (7, 11)), ((2, 5), (4, 11)), ((3,), (8,))])
+def test_stratified_takes_one_cell_of_each_block_and_partitions_the_window(k: Any, extent: Any) -> None:
+    groups = patterns.natural_groups("stratified", k, extent)
+    offsets = patterns.stratified(k, extent, groups, seeded())
+    assert {tuple(t) for t in offsets.flatten(0, 1).tolist()} == {tuple(c) for c in window(k, extent).tolist()}
+    corner = window(k, extent)[0]
+    for axis, (n, s) in enumerate(zip(k, extent, strict=True)):
+        cuts = torch.tensor([s * t // n for t in range(n + 1)])
+        block = torch.searchsorted(cuts, (offsets - corner)[..., axis].contiguous(), right=True) - 1
+        wanted = (patterns.dense_taps(k) - patterns.dense_taps(k)[0])[:, axis]
+        assert torch.equal(block, wanted.expand(groups, -1))
+
+
+def test_rings_lie_on_their_circles_and_turn() -> None:
+    offsets = patterns.rings(3, 15, 7, seeded())
+    for group, radius in zip(offsets.double(), torch.linspace(1, 7, 8)[1:].tolist(), strict=True):
+        distance = group.norm(dim=1).sort().values
+        assert distance[0] == 0
+        assert ((distance[1:] - radius).abs() < 1).all()
+
+
+def test_multiscale_has_all_spacings_from_dense_to_the_widest() -> None:
+    offsets = patterns.multiscale(3, 15, 6)
+    assert [int(group.max()) for group in offsets] == [1, 2, 3, 4, 6, 7]
+    assert torch.equal(offsets[0], dense_taps(3))
