@@ -118,17 +118,18 @@ def _shown(erf: ERF) -> str:
 def write(trained: ERF, initial: list[ERF], count: int, out: Path) -> None:
     """The figure and the page."""
     maps = {"fresh weights (seed 0)": initial[0], "ImageNet weights": trained}
-    plot.save(plot.compare(maps), out / "real_weights.png")
+    plot.save(plot.compare(maps), out / "real_weights.png", dpi=90)
     stds = [erf.std for erf in initial]
     system = machine(torch.device("cpu"))
     text = f"""# EfficientNet-Lite0: the ERF of real weights
 
-![Energy maps of fresh and of trained weights at one scale](real_weights.png)
+![Amplitude maps of fresh and of trained weights at one scale](real_weights.png)
 
 `python -m experiments.real_weights --data-dir DIR`: timm's `efficientnet_lite0`, last map before global pooling,
 centre unit (theoretical field {_shown(trained)}), eval mode, n = {count} frames of CamVid's validation split (middle
 {SIZE[0]} × {SIZE[1]} pixels). ± is one standard error over frames. Fresh weights: timm's initialisation, normalisation
-statistics from the same frames. Sizes are in input pixels; area ratio is that of half of the mass.
+statistics from the same frames. Sizes are in input pixels; area ratio is that of half of the mass. The map is the mean
+over frames, so that it shows both what the net looks at and what these streets hold.
 
 | weights | std | 2-sigma size | area ratio | excess kurtosis | r² of a Gaussian | clipped |
 |---|---|---|---|---|---|---|
