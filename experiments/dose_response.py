@@ -82,28 +82,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "",
         "![Measured std of the ERF against strength, with the theory's curve, on four networks](dose_response.png)",
         "",
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-        f"Ratio of
-        the ERF's std to that at strength 0.
-        Measured: `widerf.measure`, {IMAGES} images for each set of weights,", "the same at all strengths; ratio of the mean maps, ± standard error over sets of weights (jackknife). Predicted:",
-        "`widerf.predict`. Theory: √(1 + s·(g² − 1)), g the predicted ratio at strength 1. Made by",
+        f"Ratio of the ERF's std to that at strength 0. Measured: `widerf.measure`, {IMAGES} images for each set of",
+        "weights, the same at all strengths; ratio of mean maps, ± standard error over sets of weights (jackknife).",
+        "Predicted: `widerf.predict`. Theory: √(1 + s·(g² − 1)), g the predicted ratio at strength 1. Made by",
         "`python -m experiments.gain` and `python -m experiments.dose_response`; raw figures in",
         "[dose_response.csv](dose_response.csv).",
         "",

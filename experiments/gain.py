@@ -70,7 +70,9 @@ def one(series: Series, case: Case, seed: int) -> dict[str, Any]:
 
     def measured() -> list[float]:
         generator = torch.Generator().manual_seed(seed)
-        erf = widerf.measure(model, case.input_size, samples=IMAGES, batch_size=IMAGES, generator=generator)
+        # With batch statistics a unit sees all images of its batch: take the prediction's, which is one image.
+        batch = 1 if case.training else IMAGES
+        erf = widerf.measure(model, case.input_size, samples=IMAGES, batch_size=batch, generator=generator)
         return moments(erf.map)
 
     row: dict[str, Any] = {"series": series.name, "seed": seed, "measured": {"0": measured()}, "predicted": {}}
