@@ -137,7 +137,7 @@ def far_pair(radius: int) -> Task:
         steps=800,
         every=10,
         stop_at_target=True,
-        lr=3e-3,
+        lr=2e-3,
     )
 
 
