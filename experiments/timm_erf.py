@@ -97,8 +97,8 @@ def summarise(rows: list[dict[str, str]]) -> str:
     lines = [
         "# One small model for each module of timm",
         "",
-        f"`python -m experiments.timm_erf`: {len(rows)} models (the fewest parameters in each module under",
-        f"`timm.models`), default initialisation, seed 0, eval mode, n = {SAMPLES} draws of N(0, 1) images; ± is one",
+        f"`python -m experiments.timm_erf`: {len(rows)} of {len(read())} models (the fewest parameters in each",
+        f"module of `timm.models`), default initialisation, seed 0, eval mode, n = {SAMPLES} draws of N(0, 1) images; ± is one",
         "standard error. Layer: the last spatial map before global pooling. All columns are in `timm_erf.csv`.",
         "",
         f"- `measure` gives an ERF for {len(measured)} of {len(rows)}.",
@@ -155,7 +155,7 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow(row)
         print(", ".join(f"{k} {v}" for k, v in row.items() if v not in ("", None)), flush=True)
-    (arguments.out / "timm_erf.md").write_text(summarise(load(table)))
+        (arguments.out / "timm_erf.md").write_text(summarise(load(table)))
 
 
 if __name__ == "__main__":
