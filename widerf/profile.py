@@ -7,117 +7,24 @@ profiles (Luo et al. 2016, eq. 8, generalised), and "as much variance at the lea
     minimise   Σ_b ω_b KL(v_b ‖ uniform)   over distributions v_b   subject to   Σ_b A_b v_b ≥ t.        (P)
 
 Its Lagrange conditions give v_b ∝ exp(A_bᵀ λ / ω_b) with λ ≥ 0: a Gibbs law. :func:`soft_corners` is (P) for one
-kernel, :func:`allocate` is (P) for all kernels of a network under one common constraint.
-
-How (P) is solved: cvxpy (Clarabel) finds the multipliers λ; the primal is recovered from them by the Gibbs law, and a
-few Newton steps on the smooth dual take the constraint residual from the solver's 1e-6 down to rounding. Nothing is
-returned unless the Karush-Kuhn-Tucker conditions hold to 1e-9.
+kernel, :func:`allocate` is (P) for all kernels of a network under one common constraint. It is solved in
+:mod:`widerf.programme`.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from widerf._checks import require
 from widerf.geometry import tap_coordinates
-
-Array = NDArray[np.float64]
-
-_RESIDUAL = 1e-9  # largest violation of a constraint of (P) that is accepted; moments are scaled to be at most 1
-_NEWTON_STEPS = 60
-
-
-@dataclass(frozen=True)
-class _Programme:
-    """Programme (P) with its blocks laid end to end.
-
-    Attributes:
-        features: (taps, constraints); row r holds what one unit of energy on tap r adds to each constraint.
-        block: (taps,); the block that each tap belongs to.
-        counts: (blocks,); ω_b, how many equal kernels the block stands for.
-        bounds: (constraints,); t.
-    """
-
-    features: Array
-    block: NDArray[np.int64]
-    counts: Array
-    bounds: Array
-
-    def gibbs(self, multipliers: Array) -> Array:
-        """Return the energies v that minimise the Lagrangian: v_b ∝ exp(A_bᵀ λ / ω_b)."""
-        exponent = self.features @ multipliers / self.counts[self.block]
-        top = np.full(len(self.counts), -np.inf)
-        np.maximum.at(top, self.block, exponent)
-        weight = np.exp(exponent - top[self.block])
-        return np.asarray(weight / np.bincount(self.block, weight)[self.block])
-
-    def slack(self, energies: Array) -> Array:
-        """Return A v − t, which is ≥ 0 where v is feasible."""
-        return np.asarray(self.features.T @ energies - self.bounds)
-
-    def curvature(self, energies: Array) -> Array:
-        """Return the Hessian of the dual: Σ_b Cov_{v_b}(features) / ω_b."""
-        blocks = len(self.counts)
-        mean = np.stack([np.bincount(self.block, energies * column, blocks) for column in self.features.T], axis=1)
-        centred = self.features - mean[self.block]
-        return np.asarray((centred * (energies / self.counts[self.block])[:, None]).T @ centred)
-
-
-def _multipliers(programme: _Programme) -> Array:
-    """Return λ of (P) as Clarabel finds it.
-
-    Raises:
-        RuntimeError: with the solver's status, if it does not end at an optimum.
-    """
-    import cvxpy as cp
-
-    energies = cp.Variable(len(programme.block))
-    blocks = np.arange(len(programme.counts))[:, None] == programme.block[None, :]
-    moments = programme.features.T @ energies >= programme.bounds
-    entropy = cp.sum(cp.multiply(programme.counts[programme.block], cp.entr(energies)))
-    problem = cp.Problem(cp.Maximize(entropy), [blocks.astype(float) @ energies == 1, moments])
-    with warnings.catch_warnings():
-        # "Solution may be inaccurate" is settled afterwards, by the residual of the polished solution.
-        warnings.simplefilter("ignore", UserWarning)
-        problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
-    if problem.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
-        raise RuntimeError(f"the solver ended with status {problem.status!r} on a programme of {len(blocks)} kernels")
-    return np.maximum(np.atleast_1d(np.asarray(moments.dual_value, dtype=np.float64)), 0.0)
-
-
-def _solve(programme: _Programme) -> Array:
-    """Return the energies v that solve (P), all blocks end to end.
-
-    Raises:
-        RuntimeError: if the solver fails or the optimality conditions are not met to 1e-9.
-    """
-    multipliers = _multipliers(programme)
-    active = multipliers > 1e-6 * max(1.0, float(multipliers.max(initial=0.0)))
-    for _ in range(_NEWTON_STEPS):
-        energies = programme.gibbs(multipliers)
-        slack = programme.slack(energies)
-        active |= slack < -_RESIDUAL  # a multiplier that Clarabel could not tell from 0
-        if np.abs(slack[active]).max(initial=0.0) < 1e-3 * _RESIDUAL:
-            break
-        hessian = programme.curvature(energies)[np.ix_(active, active)]
-        step = np.linalg.lstsq(hessian, -slack[active], rcond=1e-14)[0]
-        # Half of |λ| at most: far from the optimum of a nearly flat dual a full step may run off.
-        limit = np.max(np.abs(step) / (0.5 * np.abs(multipliers[active]) + 1e-3), initial=1.0)
-        multipliers[active] = np.maximum(multipliers[active] + step / limit, 0.0)
-    residual = max(float(np.abs(slack[active]).max(initial=0.0)), float((-slack).max(initial=0.0)))
-    if residual > _RESIDUAL or multipliers.min(initial=0.0) < 0:
-        raise RuntimeError(f"the optimality conditions hold to {residual:.1e} only, wanted {_RESIDUAL:.0e}")
-    return energies
+from widerf.programme import RESIDUAL, Array, Programme, solve
 
 
 def check_strength(strength: float) -> float:
@@ -155,7 +62,7 @@ def solve_axes(lengths: Iterable[int], strength: float) -> None:
     Most of the time of a small programme goes into setting it up, so a network's kernel sizes are solved together.
     """
     open_ = sorted({k for k in lengths if k > 2 and (k, strength) not in _axis_profiles})
-    if not open_ or not _RESIDUAL <= strength <= 1.0 - _RESIDUAL:
+    if not open_ or not RESIDUAL <= strength <= 1.0 - RESIDUAL:
         return
     block = np.repeat(np.arange(len(open_)), open_)
     squares = np.concatenate(
@@ -163,15 +70,15 @@ def solve_axes(lengths: Iterable[int], strength: float) -> None:
     )  # m² in [0, 1]: Clarabel needs the scaling
     features = np.where(block[:, None] == np.arange(len(open_)), squares[:, None], 0.0)
     bounds = np.array([(1.0 - strength) * uniform_variance(k) / corner_variance(k) + strength for k in open_])
-    energies = _solve(_Programme(features, block, np.ones(len(open_)), bounds))
+    energies = solve(Programme(features, block, np.ones(len(open_)), bounds))
     _axis_profiles.update({(k, strength): energies[block == index] for index, k in enumerate(open_)})
 
 
 def _axis_profile(taps: int, strength: float) -> Array:
     """Return the soft-corner profile of one axis of ``taps`` taps."""
-    if taps <= 2 or strength < _RESIDUAL:
+    if taps <= 2 or strength < RESIDUAL:
         return np.full(taps, 1.0 / taps)
-    if strength > 1.0 - _RESIDUAL:
+    if strength > 1.0 - RESIDUAL:
         return np.array([0.5 if tap in (0, taps - 1) else 0.0 for tap in range(taps)])
     solve_axes([taps], strength)
     return _axis_profiles[taps, strength]
@@ -241,14 +148,14 @@ def tap_profile(offsets: Tensor, strength: float) -> Tensor:
     distance = features.sum(axis=-1)
     farthest = (distance >= distance.max(axis=1, keepdims=True) - 1e-9).astype(np.float64)
     extreme = farthest / farthest.sum(axis=1, keepdims=True)
-    if strength > 1.0 - _RESIDUAL:
+    if strength > 1.0 - RESIDUAL:
         return torch.from_numpy(extreme)
-    if strength < _RESIDUAL or np.ptp(distance) == 0:
+    if strength < RESIDUAL or np.ptp(distance) == 0:
         return torch.full((groups, taps), 1.0 / taps, dtype=torch.float64)
     flat = features.reshape(groups * taps, -1) / groups
     uniform = flat.sum(axis=0) / taps
     bounds = (1 - strength) * uniform + strength * flat.T @ extreme.ravel()
-    energies = _solve(_Programme(flat, np.repeat(np.arange(groups), taps), np.ones(groups), bounds))
+    energies = solve(Programme(flat, np.repeat(np.arange(groups), taps), np.ones(groups), bounds))
     return torch.from_numpy(energies.reshape(groups, taps))
 
 
@@ -380,6 +287,6 @@ def _axes_of_network(
             if k > 2:
                 columns.append(np.where(block == index, -np.concatenate(squares), 0.0))
                 bounds.append(-((1 - cap) * uniform_variance(k) + cap * corner_variance(k)) / corner_variance(k))
-    programme = _Programme(np.stack(columns, 1), block, np.array([counts[a] for a in axes]), np.array(bounds))
-    energies = _solve(programme)
+    programme = Programme(np.stack(columns, 1), block, np.array([counts[a] for a in axes]), np.array(bounds))
+    energies = solve(programme)
     return [energies[block == index] for index in range(len(axes))]
