@@ -36,7 +36,7 @@ Made by `python -m experiments.agreement --road measured`, then `--road predicte
 - *Measured*: `measure(redraw=...)`, each draw with new weights from the model's own initialisation, a new N(0, 1) image
   and random signs over the unit's channels; std of the energy map in input pixels with its 95 % interval.
 - *Predicted*: `predict` on weights that the measurement never saw. One run takes one set of weights as it is: the
-  figure for the first set, then mean ± standard deviation over {WEIGHT_DRAWS} sets, since the weights themselves scatter
+  figure for the first set, then mean ± standard deviation over {WEIGHT_DRAWS} sets, since weights themselves scatter
   (most where layers are depthwise and few-channelled).
 - *Map correlation* over all pixels, of the first set's map and of the mean of the sets' maps with the measured map; in
   brackets the correlation that the true map itself would have with the measured one, at so many draws.
