@@ -99,7 +99,7 @@ def summarise(rows: list[dict[str, str]]) -> str:
         "",
         f"`python -m experiments.timm_erf`: {len(rows)} of {len(read())} models (the fewest parameters in each",
         f"module of `timm.models`), default initialisation, seed 0, eval mode, n = {SAMPLES} draws of N(0, 1) images;",
-        "± is one standard error. Layer: the last spatial map before global pooling. All columns are in `timm_erf.csv`.",
+        "± is one standard error. Layer: the last spatial map before global pooling. All columns: `timm_erf.csv`.",
         "",
         f"- `measure` gives an ERF for {len(measured)} of {len(rows)}.",
         f"- `predict` gives one for {len(predicted)} of the {len(convolutional)} without an attention module, and for"
