@@ -72,9 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = max(1.0, (own / WANTED) ** 2)
     threads = torch.get_num_threads()
     print(f"{options.model} at {options.size}², eval, {threads} thread(s), medians of {options.repeats}")
-    print(
-        f"pass pass {one_pass:.2f} s; predict {one_prediction:.2f} s = {one_prediction / one_pass:.2f} passes"
-    )
+    print(f"pass pass {one_pass:.2f} s; predict {one_prediction:.2f} s = {one_prediction / one_pass:.2f} passes")
     print(
         f"measure: {per_draw:.2f} s a draw, std scatters by {scatter:.1%} per draw: {draws:.1f} draws for {WANTED:.0%}"
     )

@@ -1,6 +1,7 @@
 """One small model for each module under ``timm.models``: the list that the sweeps share.
 
-``python -m experiments.timm_models`` counts parameters of every model without allocating them (meta device, about ten minutes)
+``python -m experiments.timm_models`` counts parameters of every model without allocating them (meta device, about ten
+minutes)
 and writes the list next to this file; :func:`small_models` reads it.
 """
 

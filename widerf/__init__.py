@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from widerf.sparse import SparseConv1d, SparseConv2d, SparseConv3d
     from widerf.tracker import ERFTracker
 
-# Public name -> the module that holds it. Loaded when first asked for, so that `import widerf` costs what `import torch`
-# does. No module bears the name of a function: importing it would hide the function.
+# Public name -> the module that holds it, loaded when first asked for: `import widerf` costs what `import torch` does.
+# No module bears the name of a function: importing it would hide the function.
 _HOME = {
     "ERF": "erf",
     "ERFTracker": "tracker",

@@ -345,7 +345,7 @@ def convert(
         pattern: a name of `widerf.patterns`.
         only: name patterns or module classes; nothing else is converted.
         skip: name patterns or module classes that stay dense.
-        input_size: (channels, *spatial) of one input; with it the report has maps, jumps and the predicted ERF.
+        input_size: ``(channels, *spatial)`` of one input; with it the report has maps, jumps and the predicted ERF.
         seed: each layer draws its pattern by this and its name: the same in every process.
         dry_run: report only; the model stays as it is.
 

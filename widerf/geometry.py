@@ -34,7 +34,7 @@ def ntuple(value: int | Sequence[int], rank: int, argument: str) -> tuple[int, .
 def tap_coordinates(kernel_size: Sequence[int]) -> Tensor:
     """Return the centred coordinate m of each tap of a kernel, in taps.
 
-    Tap index t on an axis of length k lies at m = t − (k − 1)/2, so that an even kernel has its centre between two taps.
+    Tap index t on an axis of length k lies at m = t − (k − 1)/2: an even kernel has its centre between two taps.
 
     Args:
         kernel_size: taps per axis, D of them.

@@ -109,8 +109,8 @@ def apply(
             gets the weight tensor.
         only: name patterns or module classes; nothing else is touched. Frozen layers that it names are changed too.
         skip: name patterns or module classes that are left alone.
-        input_size: (channels, *spatial) of one input; with it the report knows jumps, border losses and the network's
-            gain.
+        input_size: ``(channels, *spatial)`` of one input; with it the report knows jumps, border losses and the
+            network's gain.
         generator: source of the draws of ``base``; the global one is left alone then. Without ``base`` nothing is
             drawn.
         dry_run: report only; the model stays as it is, and may be lazy or on the meta device.
@@ -246,8 +246,8 @@ def periphery_(
     """Widen one weight tensor in place, as ``torch.nn.init`` functions fill one.
 
     Args:
-        tensor: weight of a convolution, shape (out, in/groups, *kernel_size), or of a transposed one, shape
-            (in, out/groups, *kernel_size).
+        tensor: weight of a convolution, shape ``(out, in/groups, *kernel_size)``, or of a transposed one, shape
+            ``(in, out/groups, *kernel_size)``.
         strength: 0 … 1, see :func:`apply`.
         transposed: whether it belongs to a transposed convolution.
         stride: of that transposed convolution: each of its output phases sees only every ``stride``-th tap and keeps

@@ -216,8 +216,8 @@ def allocate(
         minimise  Σ_l KL(v_l ‖ uniform)   subject to   f + Σ_l w_l σ²(v_l) ≥ gain² · (f + Σ_l w_l σ²(uniform_l)),
         and on each axis of each layer at most the variance of strength ``cap``.
 
-    One multiplier λ serves the whole network: v_l(m) ∝ exp(λ w_l |m|²/D) where no cap binds. Layers far down, with a
-    large jump, take nearly all of the change.
+    One multiplier λ serves the whole network: ``v_l(m) ∝ exp(λ w_l |m|²/D)`` where no cap binds. Layers far down, with
+    a large jump, take nearly all of the change.
 
     Args:
         kernel_sizes: taps per axis of each kernel.

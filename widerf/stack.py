@@ -80,7 +80,7 @@ class Coverage:
     def sidelobe(self) -> float:
         """Largest gain of the energy map, as a filter, outside its main lobe.
 
-        max |ĥ(f)| over Σ_i 12·(σ_i f_i)² > 1, with ĥ(0) = 1. A flat square of side S has its first null on that
+        ``max |ĥ(f)|`` over ``Σ_i 12·(σ_i f_i)² > 1``, with ĥ(0) = 1. A flat square of side S has its first null on that
         ellipse, and a sidelobe of 0.22; a dilated grid answers 1.0 at f = 1/spacing: it cannot tell some patterns
         from a flat image. The frequencies are sampled at eight points per 1/side or finer.
         """

@@ -64,8 +64,8 @@ def dense_taps(kernel_size: Size) -> Tensor:
 def match_dense(offsets: Tensor, kernel_size: Size) -> Tensor:
     """Order each group's taps so that tap t is the partner of dense tap t.
 
-    The assignment maximises Σ_t m_t · o_t with m_t the centred coordinate of dense tap t and o_t the offset it is
-    sent to. That minimises Σ_t |c·m_t − o_t|² for every scale c > 0 at once: the upper left weight of a trained
+    The assignment maximises ``Σ_t m_t · o_t`` with m_t the centred coordinate of dense tap t and o_t the offset it is
+    sent to. That minimises ``Σ_t |c·m_t − o_t|²`` for every scale c > 0 at once: the upper left weight of a trained
     kernel goes to an upper left tap, however wide the window is. The dense kernel itself is left in order.
 
     Args:
