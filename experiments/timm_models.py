@@ -45,7 +45,7 @@ def small_models() -> dict[str, str]:
 
     Example:
         >>> small_models()["resnet"], len(small_models()) > 90
-        ('resnet10t', True)
+        ('test_resnet', True)
     """
     return {model.module: model.name for model in read()}
 

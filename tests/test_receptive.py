@@ -295,3 +295,9 @@ def test_bad_units_are_refused() -> None:
     found = receptive_field(nn.Conv2d(1, 1, 3), (1, 8, 8))
     with pytest.raises(ValueError, match="unit must"):
         found.center((1, 2, 3))
+
+
+def test_rectangular_kernels_do_not_pass_for_a_layout_with_the_channels_last() -> None:
+    model = nn.Sequential(nn.MaxPool3d((3, 3, 1), 2), nn.MaxPool3d((4, 4, 1), 2))
+    assert receptive_field(model, (2, 20, 20, 20)).size == (9, 9, 1)
+    assert_equals_support(model, (2, 20, 20, 20), (1, 1, 3))

@@ -439,8 +439,9 @@ def test_batch_norm_folds_into_it() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_densified_twin_quantises() -> None:
-    quantise = pytest.importorskip("torch.ao.quantization.quantize_pt2e", reason="moved to torchao in newer PyTorch")
-    quantizer = pytest.importorskip("torch.ao.quantization.quantizer.x86_inductor_quantizer")
+    from torchao.quantization.pt2e import quantize_pt2e as quantise
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as quantizer
+
     net = densify(Net().eval())
     tool = quantizer.X86InductorQuantizer().set_global(quantizer.get_default_x86_inductor_quantization_config())
     prepared = quantise.prepare_pt2e(torch.export.export(net, (image(2, 3, 32, 32),)).module(), tool)

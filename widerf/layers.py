@@ -17,6 +17,7 @@ from widerf.sandbox import untouched
 _PROBES = 2  # images in the probing pass: more than one, so that the batch axis shows
 _MAX_PREFIX = 8  # class and register tokens in front of the patch tokens
 
+_GROSS = 2.0
 Layout = Literal["channels_first", "channels_last", "tokens"]
 
 
@@ -243,7 +244,9 @@ class _Reader:
 
     def _map(self, site: MapSite, shape: tuple[int, ...]) -> MapSite:
         first, last = self._distortion(shape[2:]), self._distortion(shape[1:-1])
-        if last < first or (last == first and self.last_leaf_is_linear):
+        # Rectangular kernels distort a map a little, a channel axis read as a spatial one much: without a hint that the
+        # channels are last, only a gross distortion counts.
+        if last <= first if self.last_leaf_is_linear else _GROSS * last < first:
             return dataclasses.replace(site, shape=(shape[-1], *shape[1:-1]), layout="channels_last")
         return dataclasses.replace(site, shape=shape[1:])
 
