@@ -113,7 +113,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"`widerf.init.apply(model, {STRENGTH})`: the ratio of ERF stds, after over before, that its report",
         f"predicts against `widerf.measure` on {IMAGES} images for each set of weights, the same before and after. The",
-        " measured ratio is that of the mean maps; ± is its standard error over sets of weights",
+        "measured ratio is that of the mean maps; ± is its standard error over sets of weights",
         "(jackknife). Made by `python -m experiments.gain`; rows in [gain.jsonl](gain.jsonl).",
         "",
         "| network | sets of weights | std before | measured gain | predicted gain | predicted/measured |",
