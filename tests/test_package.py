@@ -7,7 +7,18 @@ import pytest
 
 import widerf
 
-HEAVY = ("cvxpy", "timm", "matplotlib", "jinja2", "tqdm", "torchvision", "lightning", "tensorboard", "pandas")
+HEAVY = (
+    "torch._dynamo",
+    "cvxpy",
+    "timm",
+    "matplotlib",
+    "jinja2",
+    "tqdm",
+    "torchvision",
+    "lightning",
+    "tensorboard",
+    "pandas",
+)
 
 
 def loaded_by(code: str) -> set[str]:
