@@ -94,3 +94,9 @@ def test_errors_are_one_line_with_exit_status_2(
     printed = capsys.readouterr()
     assert status == 2 and printed.out == ""
     assert said in printed.err and printed.err.count("\n") == 1 and "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("command", ["init", "convert"])
+def test_a_model_without_convolutions_is_said_to_have_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "torch.nn:Flatten", "--input-size", "3x4x4"]) == 2
+    assert "MODEL must hold at least one convolution, got 'torch.nn:Flatten'" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from widerf._checks import require
 from widerf.report import Report, plain, table
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _erf(options: argparse.Namespace) -> None:
         )
     field = widerf.receptive_field(model, size, layer=options.layer)
     facts: dict[str, Any] = {
-        "layer": field.layer, "theoretical size": field.size, "jump": field.jump,
+        "layer": field.layer or "the model's output", "theoretical size": field.size, "jump": field.jump,
         "global paths": len(field.global_paths),
     }  # fmt: skip
     lines = [f"{name}: {_text(value)}" for name, value in facts.items()]
@@ -142,11 +143,20 @@ def _erf(options: argparse.Namespace) -> None:
     _give(options, lines, erfs, told, "Effective receptive field")
 
 
+def _before(options: argparse.Namespace, model: nn.Module, size: tuple[int, ...]) -> ERF:
+    import widerf
+    from widerf.kernels import find_kernels
+
+    # Ahead of the prediction, which would only miss a spatial map.
+    require(bool(find_kernels(model)), "MODEL", "hold at least one convolution", options.model)
+    return widerf.predict(model, size, layer=options.layer)
+
+
 def _init(options: argparse.Namespace) -> None:
     import widerf
 
     model, size = _prepared(options)
-    before = widerf.predict(model, size, layer=options.layer)
+    before = _before(options, model, size)
     report = widerf.init.apply(
         model, options.strength, target=options.target, base=options.base, only=options.only,
         skip=options.skip, input_size=size,
@@ -160,7 +170,7 @@ def _convert(options: argparse.Namespace) -> None:
     import widerf
 
     model, size = _prepared(options)
-    before = widerf.predict(model, size, layer=options.layer)
+    before = _before(options, model, size)
     report = widerf.convert(
         model, extent=options.extent, pattern=options.pattern, only=options.only, skip=options.skip,
         input_size=size, seed=options.seed,
