@@ -1,12 +1,12 @@
 """Does a pattern beat the grid? Small networks that differ in their taps alone label street scenes.
 
-``python -m experiments.camvid --data-dir DIR --out FOLDER``. CamVid at 120×90 (label maps by nearest neighbour), six
-3×3 layers of 36 channels with batch norm at full resolution and a 1×1 readout. Every arm has the same weights, the same
-multiplications and, seed by seed, the same initial weights and batches; only the offsets differ. The first layer is
-dense in every arm with one extent. Of the 367 training frames 60 are held out (every sixth) and choose learning rates
-and count steps; the 101 ``val`` frames are looked at once, after training. The learning rate of each arm is tuned on
-one shared grid with seeds that are not used again (``--tune``), then ``--seeds`` paired runs follow. Runs that are
-finished are kept: a second call does what is missing.
+``python -m experiments.camvid --data-dir DIR --out FOLDER``. CamVid frames of ``--size`` (label maps by nearest
+neighbour), six 3×3 layers of ``--channels`` with batch norm at full resolution and a 1×1 readout. Every arm has the
+same weights, the same multiplications and, seed by seed, the same initial weights and batches; only the offsets differ.
+The first layer is dense in every arm with one extent. Of the 367 training frames 60 are held out (every sixth) and
+choose learning rates and count steps; the 101 ``val`` frames are looked at once, after training. The learning rate of
+each arm is tuned on one shared grid with seeds that are not used again, then ``--seeds`` paired runs follow. Runs that
+are finished are kept: a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from experiments.harness import (
     write_whole,
 )
 
-SIZE, CLASSES, VOID, CHANNELS, LAYERS = (90, 120), 11, 11, 36, 6
+CLASSES, VOID, LAYERS = 11, 11, 6
 RATES = (1e-3, 3e-3, 1e-2)
 TUNE_SEEDS = (1001, 1002)
 # Extents of the six layers, the first one next to the image. A grid of spacing d has extent 2d + 1; stratified
@@ -67,8 +67,8 @@ class Frames:
     val: tuple[Tensor, Tensor]
 
 
-def load(data_dir: Path | None) -> Frames:
-    """Read ``camvid.tar`` under ``data_dir``; decoded frames are cached outside the project.
+def load(data_dir: Path | None, size: tuple[int, int]) -> Frames:
+    """Read ``camvid.tar`` under ``data_dir`` at ``size`` (height, width); decoded frames are cached elsewhere.
 
     Raises:
         InputError: there is no such file.
@@ -76,12 +76,12 @@ def load(data_dir: Path | None) -> Frames:
     path = None if data_dir is None else data_dir / "camvid.tar"
     if path is None or not path.is_file():
         raise InputError(f"--data-dir (or WIDERF_DATA) must hold camvid.tar, got {str(data_dir)!r}")
-    key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {SIZE}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {size}".encode()).hexdigest()[:16]
     cached = cache_dir() / f"camvid-{key}.npz"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         part = cached.with_suffix(".part.npz")
-        np.savez(part, **_decode(path))
+        np.savez(part, **_decode(path, size))
         part.replace(cached)
     with np.load(cached) as file:
         a = {name: torch.from_numpy(file[name]) for name in file.files}
@@ -94,7 +94,7 @@ def load(data_dir: Path | None) -> Frames:
     )
 
 
-def _decode(path: Path) -> dict[str, Any]:
+def _decode(path: Path, size: tuple[int, int]) -> dict[str, Any]:
     arrays: dict[str, list[Any]] = {"train": [], "trainannot": [], "val": [], "valannot": []}
     with tarfile.open(path) as tar:
         for member in sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name):
@@ -105,22 +105,22 @@ def _decode(path: Path) -> dict[str, Any]:
             labels = folder.endswith("annot")
             image = Image.open(io.BytesIO(file.read()))
             way = Image.Resampling.NEAREST if labels else Image.Resampling.BOX
-            small = np.asarray((image if labels else image.convert("RGB")).resize(SIZE[::-1], way))
+            small = np.asarray((image if labels else image.convert("RGB")).resize(size[::-1], way))
             arrays[folder].append(small if labels else small.transpose(2, 0, 1))
     return {name: np.stack(frames) for name, frames in arrays.items()}
 
 
-def network(arm: str, seed: int) -> nn.Sequential:
+def network(arm: str, seed: int, channels: int) -> nn.Sequential:
     """Return the network of an arm; the weights depend on the seed alone."""
     pattern, extents = ARMS[arm]
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for depth, extent in enumerate(extents):
         taps = {"extent": extent, "pattern": pattern, "seed": 100 * seed + depth}
-        conv = widerf.SparseConv2d(3 if depth == 0 else CHANNELS, CHANNELS, 3, padding=1, bias=False, **taps)  # type: ignore[arg-type]
+        conv = widerf.SparseConv2d(3 if depth == 0 else channels, channels, 3, padding=1, bias=False, **taps)  # type: ignore[arg-type]
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        layers += [conv, nn.BatchNorm2d(CHANNELS), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(CHANNELS, CLASSES, 1))
+        layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, CLASSES, 1))
 
 
 def batches(frames: tuple[Tensor, Tensor], seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,7 +156,9 @@ def miou(net: nn.Module, frames: tuple[Tensor, Tensor]) -> float:
 def erf(net: nn.Module, frames: Frames, samples: int) -> Record:
     """Measure the ERF of the centre unit of the last map on held-out frames."""
     inputs = to_float(frames.held_out[0][:samples])
-    found = widerf.measure(net.eval(), (3, *SIZE), layer=str(3 * LAYERS - 1), inputs=inputs, samples=samples)
+    found = widerf.measure(
+        net.eval(), tuple(inputs.shape[1:]), layer=str(3 * LAYERS - 1), inputs=inputs, samples=samples
+    )
     net.train()
     return {"std": found.std, "size": found.size(), "excess_kurtosis": found.excess_kurtosis}
 
@@ -173,6 +175,8 @@ class Job:
     batch: int
     erf_samples: int
     last_look: bool
+    size: tuple[int, int]
+    channels: int
     data_dir: str
 
     def __str__(self) -> str:
@@ -181,8 +185,8 @@ class Job:
 
 def work(job: Job) -> Record:
     """Train one network: Adam, half a cosine; mIoU of the held-out frames along the way."""
-    frames, started = load(Path(job.data_dir)), time.perf_counter()
-    net = network(job.arm, job.seed)
+    frames, started = load(Path(job.data_dir), job.size), time.perf_counter()
+    net = network(job.arm, job.seed, job.channels)
     before = erf(net, frames, job.erf_samples) if job.last_look else None
     optimizer = torch.optim.Adam(net.parameters(), job.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
@@ -233,9 +237,9 @@ def summary(records: Sequence[Record], arms: Sequence[str], settings: Record) ->
         "# CamVid: patterns against grids",
         "",
         f"`python -m experiments.camvid`, n = {len(seeds)} paired seeds,",
-        f"{settings['steps']} steps of {settings['batch']} frames. mIoU of the 101 `val` frames; differences and",
-        "ratios with 95 % t-intervals over pairs. Steps: to the final mIoU on the held-out frames that dense of the",
-        "same seed ends with.",
+        f"{settings['steps']} steps of {settings['batch']} frames of {settings['size']}, {settings['channels']}",
+        "channels. mIoU of the 101 `val` frames; differences and ratios with 95 % t-intervals over pairs. Steps to the",
+        "final mIoU on the held-out frames that dense of the same seed ends with.",
         "",
         "| arm | lr | mIoU | − dense | − grid-growing | steps / dense | ERF std before | after |",
         "|---" * 8 + "|",
@@ -266,9 +270,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=8, help="paired seeds per arm")
-    parser.add_argument("--steps", type=int, default=800, help="training steps")
-    parser.add_argument("--tune-steps", type=int, default=300, help="steps of the runs that choose the learning rate")
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--tune-steps", type=int, default=200, help="steps of the runs that choose the learning rate")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="shared grid of learning rates")
+    parser.add_argument("--size", type=int, nargs=2, default=(45, 60), metavar=("HEIGHT", "WIDTH"), help="of a frame")
+    parser.add_argument("--channels", type=int, default=24, help="of every layer")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--every", type=int, default=50, help="steps between two looks at the held-out frames")
     parser.add_argument("--erf-samples", type=int, default=32)
@@ -279,8 +285,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Tune, train, sum up."""
     options = parse()
-    load(options.data_dir)
-    shared = {"batch": options.batch, "erf_samples": options.erf_samples, "data_dir": str(options.data_dir)}
+    size = tuple(options.size)
+    load(options.data_dir, size)  # decode once, and complain before the first run
+    shared = {key: getattr(options, key) for key in ("batch", "erf_samples", "channels")}
+    shared |= {"size": size, "data_dir": str(options.data_dir)}
     settings = {
         key: value for key, value in vars(options).items() if key not in ("data_dir", "out", "workers", "seeds", "arms")
     }
