@@ -29,7 +29,7 @@ def build() -> nn.Module:
 def times() -> list[tuple[float, float]]:
     """Return seconds of (``create_model``, ``apply`` on that model), in turn; cvxpy is loaded and warm before."""
     import widerf
-    from widerf import kernels, profile
+    from widerf import convolutions, profile
 
     widerf.init.apply(build(), 0.3)
     found = []
@@ -39,7 +39,7 @@ def times() -> list[tuple[float, float]]:
         model = build()
         built = time.perf_counter()
         profile._axis_profiles.clear()  # the programmes are solved anew each time
-        kernels._soft_corners.cache_clear()
+        convolutions._soft_corners.cache_clear()
         widerf.init.apply(model, 0.5)
         found.append((built - start, time.perf_counter() - built))
     return found

@@ -12,7 +12,7 @@ from torch import nn
 import widerf
 from tests.reference import fingerprint
 from widerf.advice import silent_branches, undone
-from widerf.kernels import find_kernels
+from widerf.convolutions import find_kernels
 from widerf.network import find_places, sensitivity
 from widerf.target import weigh
 

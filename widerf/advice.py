@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from widerf.kernels import Kernel
+from widerf.convolutions import Kernel
 from widerf.rescale import LayerChange, Step
 
 _SILENT = 1e-3  # a branch scaled by less moves nothing at initialisation

@@ -145,7 +145,7 @@ def _erf(options: argparse.Namespace) -> None:
 
 def _before(options: argparse.Namespace, model: nn.Module, size: tuple[int, ...]) -> ERF:
     import widerf
-    from widerf.kernels import find_kernels
+    from widerf.convolutions import find_kernels
 
     # Ahead of the prediction, which would only miss a spatial map.
     require(bool(find_kernels(model)), "MODEL", "hold at least one convolution", options.model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from widerf._checks import require, require_known
 from widerf.advice import listed, silent_branches
-from widerf.kernels import Kernel, Selector, find_kernels, select
+from widerf.convolutions import Kernel, Selector, find_kernels, select
 from widerf.network import Place, find_places
 from widerf.patterns import NAMED
 from widerf.report import Report

@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from widerf._checks import require, require_known
-from widerf.kernels import Cell, Kernel
+from widerf.convolutions import Cell, Kernel
 
 Base: TypeAlias = str | Callable[[Tensor], object] | None
 

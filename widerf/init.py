@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 
 from widerf._checks import require
 from widerf.advice import undone, warnings_of
+from widerf.convolutions import Kernel, Selector, find_kernels, select
 from widerf.draws import Base, check_base
 from widerf.geometry import ntuple
-from widerf.kernels import Kernel, Selector, find_kernels, select
 from widerf.network import Place, border_loss, chain_energy, find_places
 from widerf.profile import check_strength, solve_axes
 from widerf.report import Report

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widerf.convolutions import Kernel
 from widerf.energy import backpropagate
-from widerf.kernels import Kernel
 from widerf.layers import probe_input, spatial_layer
 from widerf.sandbox import untouched
 from widerf.trace import Step, Tape, record

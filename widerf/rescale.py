@@ -10,8 +10,8 @@ from types import EllipsisType
 import torch
 from torch import Generator, Tensor
 
+from widerf.convolutions import Kernel
 from widerf.draws import Base, draw_
-from widerf.kernels import Kernel
 from widerf.weights import Backup, Experts, Held, hold, is_frozen, without_values
 
 MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it

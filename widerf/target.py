@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
-from widerf.kernels import Kernel
+from widerf.convolutions import Kernel
 from widerf.network import sensitivity
 from widerf.profile import allocate, largest_gain, strength_of
 from widerf.rescale import execute, plan

@@ -21,7 +21,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from widerf.kernels import Kernel
+from widerf.convolutions import Kernel
 
 _POWER_ITERATIONS = 30  # spectral normalisation after a change; its estimate starts from the one before
 _STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
@@ -51,7 +51,7 @@ class Held:
         return weight
 
     def scale_(self, factors: Tensor) -> None:
-        """Multiply the effective weight by ``factors``, laid out as :meth:`widerf.kernels.Kernel.shape`."""
+        """Multiply the effective weight by ``factors``, laid out as :meth:`widerf.convolutions.Kernel.shape`."""
         self.kernel.scale_(self.module.weight.detach(), factors)
 
     def replace_(self, weight: Tensor) -> None:
