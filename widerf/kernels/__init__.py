@@ -1,0 +1,1 @@
+"""Compiled kernels of the sparse convolution, and the choice between them."""
