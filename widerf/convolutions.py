@@ -169,8 +169,8 @@ class Kernel:
             parts = [(_places(cell.size), energies[cell.where].numpy().ravel()) for cell in self.cells]
         else:
             parts = [(self.offsets.flatten(0, 1).double().cpu().numpy(), energies.numpy().ravel())]
-        squares = np.square(self.spacing)
-        return math.sqrt(sum(_variances(*part) @ squares for part in parts) / (len(parts) * self.rank))
+        squares = [step**2 for step in self.spacing]
+        return math.sqrt(sum(float(_variances(*part) @ squares) for part in parts) / (len(parts) * self.rank))
 
     def variance_range(self) -> tuple[float, float]:
         """Return the variances (:meth:`std` squared) of strength 0 and 1."""
@@ -192,12 +192,19 @@ def _sum_of_squares(weight: Tensor, taps: int) -> Tensor:
     total = torch.zeros(matrix.shape[1], dtype=torch.float64)
     step = max(1, _CHUNK // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
-        rows = matrix[start : start + step]
-        part = torch.view_as_real(rows).square().sum(-1) if rows.is_complex() else rows.square()
-        if rows.dtype in (torch.float16, torch.bfloat16):
-            part = rows.float().square()
-        total += part.sum(0).double().cpu()
+        total += _energy_of_columns(matrix[start : start + step])
     return total.view(-1, taps).sum(0)
+
+
+def _energy_of_columns(rows: Tensor) -> Tensor:
+    """Return Σ |w|² of each column of a matrix, float64 on the CPU."""
+    if rows.is_complex():
+        return torch.view_as_real(rows).square().sum((0, 2)).double().cpu()
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    if rows.device.type == "cpu":  # NumPy multiplies and adds in one pass; PyTorch writes the squares out first
+        array = rows.numpy()
+        return torch.from_numpy(np.einsum("ij,ij->j", array, array)).double()
+    return rows.square().sum(0).double().cpu()
 
 
 def _variances(places: Array, energy: Array) -> Array:
