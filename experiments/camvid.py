@@ -18,6 +18,7 @@ import json
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ from experiments.harness import (
     write_jsonl,
     write_whole,
 )
+from experiments.rewire import Rewirer, one_row_each
 
 CLASSES, VOID, LAYERS = 11, 11, 6
 RATES = (1e-3, 3e-3, 1e-2)
 TUNE_SEEDS = (1001, 1002)
 # Extents of the six layers, the first one next to the image. A grid of spacing d has extent 2d + 1; stratified
-# patterns of extent 3d have the same blocks as that grid, each tap anywhere in its block.
+# patterns of extent 3d have the same blocks as that grid, each tap anywhere in its block. "rewired" starts as mixed and
+# moves its taps while it trains.
 ARMS: dict[str, tuple[str, tuple[int, ...]]] = {
     "dense": ("grid", (3,) * 6),
     "grid-1-2-5": ("grid", (3, 5, 11, 3, 5, 11)),
@@ -55,6 +58,7 @@ ARMS: dict[str, tuple[str, tuple[int, ...]]] = {
     "stratified-growing": ("stratified", (3, 7, 7, 11, 13, 21)),
     "rings-growing": ("rings", (3, 5, 9, 11, 13, 15)),
     "multiscale-growing": ("multiscale", (3, 5, 9, 11, 15, 15)),
+    "rewired-growing": ("rewired", (5, 5, 9, 9, 15, 15)),
 }
 
 
@@ -116,9 +120,11 @@ def network(arm: str, seed: int, channels: int) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for depth, extent in enumerate(extents):
-        taps = {"extent": extent, "pattern": pattern, "seed": 100 * seed + depth}
+        named = "mixed" if pattern == "rewired" else pattern
+        taps = {"extent": extent, "pattern": named, "seed": 100 * seed + depth}
         conv = widerf.SparseConv2d(3 if depth == 0 else channels, channels, 3, padding=1, bias=False, **taps)  # type: ignore[arg-type]
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        conv = one_row_each(conv) if pattern == "rewired" else conv
         layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(channels, CLASSES, 1))
 
@@ -190,12 +196,14 @@ def work(job: Job) -> Record:
     before = erf(net, frames, job.erf_samples) if job.last_look else None
     optimizer = torch.optim.Adam(net.parameters(), job.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
+    rewirer = Rewirer(net, optimizer, job.steps) if ARMS[job.arm][0] == "rewired" else None
     curve: dict[str, list[float]] = {"step": [], "loss": [], "miou": []}
     for step, (x, y) in zip(range(1, job.steps + 1), batches(frames.train, job.seed, job.batch), strict=False):
-        loss = F.cross_entropy(net(x), y, ignore_index=VOID)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with rewirer.after(step) if rewirer else nullcontext():
+            loss = F.cross_entropy(net(x), y, ignore_index=VOID)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         schedule.step()
         if step % job.every == 0 or step == job.steps:
             curve["step"].append(step)
