@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from widerf.layout import Piece, Plan, slices
+from widerf.layout import Plan, slices
 
 BLOCK_BYTES = 2**23  # columns built at a time on the CPU: about what the last cache holds
 ARENA_BYTES = 2**24
@@ -34,11 +33,12 @@ class Block(NamedTuple):
     slots: list[Tensor]  # views of `columns`, where what was read is put
 
 
-def _by_repeat(x: Tensor, piece: Piece) -> Tensor:
-    return torch.unflatten(x, 1, (piece.repeats, x.shape[1] // piece.repeats))
+def _by_repeat(x: Tensor, plan: Plan) -> Tensor:
+    return torch.unflatten(x, 1, (plan.repeats, x.shape[1] // plan.repeats))
 
 
-def _pad(x: Tensor, plan: Plan) -> Tensor:
+def pad(x: Tensor, plan: Plan) -> Tensor:
+    """Add the zeros around the image that the taps read."""
     pairs = zip(reversed(plan.before), reversed(plan.after), strict=True)
     return F.pad(x, [p for pair in pairs for p in pair])
 
@@ -49,17 +49,17 @@ def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     Args:
         x: image, (batch, channels, *spatial).
         weight: (out, channels/groups, *kernel).
-        plan: the layout; of one piece.
+        plan: the layout.
         size: spatial output size.
 
     Returns:
         (batch, out, *size)
     """
-    parts = _by_repeat(_pad(x, plan), plan.piece)
+    parts = _by_repeat(pad(x, plan), plan)
     columns = torch.cat(
         [
-            torch.stack([parts[:, :, run.start : run.stop][slices(plan, size, t)] for t in run.taps], dim=3)
-            for run in plan.piece.runs
+            torch.stack([parts[:, :, run.start : run.stop][slices(plan, size, t)] for t in run.shifts], dim=3)
+            for run in plan.runs
         ],
         dim=2,
     )  # (batch, repeats, channels/repeats, taps, *size)
@@ -77,18 +77,17 @@ def _arena(needed: int) -> Tensor:
 
 
 def _make_block(plan: Plan, samples: int, shape: Sequence[int], size: Sequence[int], like: Tensor, keep: bool) -> Block:
-    piece = plan.piece
     extended = [a + n + b for a, n, b in zip(plan.before, shape[1:], plan.after, strict=True)]
     count = samples * shape[0] * math.prod(extended)
-    total = count + samples * shape[0] * math.prod(plan.kernel_size) * math.prod(size)
+    total = count + samples * shape[0] * plan.taps * math.prod(size)
     memory = _arena(total * like.element_size()).view(like.dtype) if keep else like.new_empty(total)
     wide = memory[:count].view(samples, shape[0], *extended)
     image: Any = (..., *(slice(a, a + n) for a, n in zip(plan.before, shape[1:], strict=True)))
     inside = wide[image]
-    parts = _by_repeat(wide, piece)
+    parts = _by_repeat(wide, plan)
     columns = memory[count:].view(samples, -1, math.prod(size))
-    into = columns.view(samples, piece.repeats, parts.shape[2], -1, *size)
-    taps = [(slice(run.start, run.stop), t, tap) for run in piece.runs for t, tap in enumerate(run.taps)]
+    into = columns.view(samples, plan.repeats, parts.shape[2], -1, *size)
+    taps = [(slice(run.start, run.stop), t, tap) for run in plan.runs for t, tap in enumerate(run.shifts)]
     reads = [parts[:, :, run][slices(plan, size, tap)] for run, _, tap in taps]
     return Block(wide, inside, reads, columns, [into[:, :, run, t] for run, t, _ in taps])
 
@@ -100,7 +99,7 @@ def _blocks(plan: Plan, x_shape: Sequence[int], size: Sequence[int], like: Tenso
     """
     batch, *shape = x_shape
     extended = math.prod(a + n + b for a, n, b in zip(plan.before, shape[1:], plan.after, strict=True))
-    each = shape[0] * (extended + math.prod(plan.kernel_size) * math.prod(size)) * like.element_size()
+    each = shape[0] * (extended + plan.taps * math.prod(size)) * like.element_size()
     cpu = like.device.type == "cpu" and type(like) is Tensor
     most = max(1, (BLOCK_BYTES if cpu else 32 * BLOCK_BYTES) // max(1, each))
     count = math.ceil(batch / math.ceil(batch / most)) if batch else 1
@@ -148,7 +147,8 @@ def _product(w: Tensor, columns: Tensor, out: Tensor) -> None:
         torch.bmm(w, c, out=o)
 
 
-def _forward(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
+def forward(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
+    """Return y, (batch, out, *size)."""
     w = weight.reshape(plan.groups, weight.shape[0] // plan.groups, -1)
     out = x.new_empty(x.shape[0], weight.shape[0], math.prod(size))
     for samples, block in _blocks(plan, x.shape, size, x):
@@ -156,7 +156,8 @@ def _forward(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tens
     return out.view(*out.shape[:2], *size)
 
 
-def _grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+def grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Return ∂/∂x, of the given shape, for ``grad`` = ∂/∂y."""
     size = grad.shape[2:]
     w = weight.reshape(plan.groups, weight.shape[0] // plan.groups, -1).transpose(1, 2)
     x = grad.new_empty(*shape)
@@ -167,7 +168,8 @@ def _grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) 
     return x
 
 
-def _grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+def grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Return ∂/∂weight, of the given shape, for ``grad`` = ∂/∂y."""
     size, groups = grad.shape[2:], plan.groups
     weight = grad.new_zeros(*shape)
     w = weight.view(groups, shape[0] // groups, -1)
@@ -184,124 +186,13 @@ def _grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> T
     return weight
 
 
-# The convolution f(x, w) is bilinear, and so are its two transposes; the three are closed under differentiation, so
-# that derivatives of any order stay on the blocked path.
-def _vmap_by(function: Any) -> Any:
-    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        return torch.vmap(function, in_dims=in_dims, randomness="error")(*args), 0
-
-    return staticmethod(rule)
-
-
-def _plain_grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
-    zero = grad.new_zeros(*shape)
-    vjp: Any = torch.func.vjp(lambda x: plain(x, weight, plan, grad.shape[2:]), zero)[1]
+def plain_grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Return ∂/∂x of `plain`, through ordinary operators."""
+    vjp: Any = torch.func.vjp(lambda x: plain(x, weight, plan, grad.shape[2:]), grad.new_zeros(*shape))[1]
     return torch.as_tensor(vjp(grad)[0])
 
 
-def _plain_grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
-    zero = grad.new_zeros(*shape)
-    vjp: Any = torch.func.vjp(lambda w: plain(x, w, plan, grad.shape[2:]), zero)[1]
+def plain_grad_weight(x: Tensor, grad: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Return ∂/∂weight of `plain`, through ordinary operators."""
+    vjp: Any = torch.func.vjp(lambda w: plain(x, w, plan, grad.shape[2:]), grad.new_zeros(*shape))[1]
     return torch.as_tensor(vjp(grad)[0])
-
-
-def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-    first, second, ctx.plan, ctx.arg = inputs
-    ctx.save_for_backward(first, second)
-    ctx.save_for_forward(first, second)
-
-
-def _jvp_of(cls: Any) -> Any:
-    def jvp(ctx: Any, first_t: Tensor | None, second_t: Tensor | None, *_: None) -> Any:
-        first, second = ctx.saved_tensors
-        parts = []
-        if first_t is not None:
-            parts.append(cls.apply(first_t, second, ctx.plan, ctx.arg))
-        if second_t is not None:
-            parts.append(cls.apply(first, second_t, ctx.plan, ctx.arg))
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-    return jvp
-
-
-class _Columns(torch.autograd.Function):
-    """(x, weight) ↦ y."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup)
-    vmap = _vmap_by(plain)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        gx = _GradInput.apply(grad, weight, ctx.plan, x.shape) if ctx.needs_input_grad[0] else None
-        gw = _GradWeight.apply(x, grad, ctx.plan, weight.shape) if ctx.needs_input_grad[1] else None
-        return gx, gw, None, None
-
-
-class _GradInput(torch.autograd.Function):
-    """(∂/∂y, weight) ↦ ∂/∂x."""
-
-    forward = staticmethod(_grad_input)
-    setup_context = staticmethod(_setup)
-    vmap = _vmap_by(_plain_grad_input)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:
-        grad, weight = ctx.saved_tensors
-        gg = _Columns.apply(u, weight, ctx.plan, grad.shape[2:]) if ctx.needs_input_grad[0] else None
-        gw = _GradWeight.apply(u, grad, ctx.plan, weight.shape) if ctx.needs_input_grad[1] else None
-        return gg, gw, None, None
-
-
-class _GradWeight(torch.autograd.Function):
-    """(x, ∂/∂y) ↦ ∂/∂weight."""
-
-    forward = staticmethod(_grad_weight)
-    setup_context = staticmethod(_setup)
-    vmap = _vmap_by(_plain_grad_weight)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:
-        x, grad = ctx.saved_tensors
-        gx = _GradInput.apply(grad, u, ctx.plan, x.shape) if ctx.needs_input_grad[0] else None
-        gg = _Columns.apply(x, u, ctx.plan, grad.shape[2:]) if ctx.needs_input_grad[1] else None
-        return gx, gg, None, None
-
-
-for _cls in (_Columns, _GradInput, _GradWeight):
-    _cls.jvp = staticmethod(_jvp_of(_cls))  # type: ignore[method-assign]
-
-
-def watched() -> bool:
-    """Whether somebody follows the operators one by one: a compiler, an exporter, a tracer, a counter of operations.
-
-    They get operators that hold no memory from one call to the next.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    return _get_current_dispatch_mode() is not None
-
-
-def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int]) -> Tensor:
-    piece = plan.piece
-    if piece.corner is not None and piece.spacing is not None:
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
-        dilation = tuple(d * g for d, g in zip(plan.dilation, piece.spacing, strict=True))
-        part = _pad(x, plan)[slices(plan, size, piece.corner, piece.spacing)]
-        return convolution(part, weight, bias, plan.stride, 0, dilation, plan.groups)
-    y = plain(x, weight, plan, size) if watched() else _Columns.apply(x, weight, plan, tuple(size))
-    return y if bias is None else y + bias.view(-1, *(1,) * len(size))
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plans: Sequence[Plan], size: Sequence[int]) -> Tensor:
-    """Convolve ``x`` (batch, channels, *spatial), zero outside; returns (batch, out, *size)."""
-    if len(plans) == 1:
-        return _convolve_piece(x, weight, bias, plans[0], size)
-    widths = [p.piece.channels for p in plans]
-    parts = list(zip(torch.split(x, widths, 1), torch.split(weight, widths, 1), plans, strict=True))
-    parts.sort(key=lambda part: part[2].piece.corner is None)  # the native convolution adds the bias for nothing
-    total = _convolve_piece(*parts[0][:2], bias, parts[0][2], size)
-    for part, w, plan in parts[1:]:
-        total = total + _convolve_piece(part, w, None, plan, size)
-    return total

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widerf import kernels
 from widerf._checks import require, require_known
-from widerf.columns import convolve
+from widerf.columns import pad
 from widerf.geometry import ntuple
-from widerf.layout import Plan, Taps, make_plans
+from widerf.kernels.op import memory_format, sparse_conv, watched
+from widerf.layout import Layout, Plan, Taps, make_layout, slices
 
 Size = int | Sequence[int]
 
@@ -140,30 +142,52 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _like_layout(y: Tensor, x: Tensor) -> Tensor:
-    """Return ``y`` in the memory format of ``x`` (channels_last stays channels_last)."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(x.dim())
-    if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):
-        return y
-    return y.contiguous(memory_format=wanted)
+def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int]) -> Tensor:
+    if plan.spacing is not None:
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+        first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]
+        part = pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]
+        return convolution(part, weight, bias, plan.stride, 0, plan.spacing, plan.groups)
+    y = sparse_conv(x, weight, plan, size)
+    return y if bias is None else y + bias.view(-1, *(1,) * len(size))
 
 
-def apply_plans(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plans: Sequence[Plan], padding: Sequence[tuple[int, int]]
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, size: Sequence[int]) -> Tensor:
+    """Convolve ``x`` (batch, channels, *spatial), zero outside; returns (batch, out, *size)."""
+    pieces = layout.pieces
+    if len(pieces) == 1:
+        return _convolve_piece(x, weight, bias, pieces[0], size)
+    if kernels.compiled(x.device.type, x.dtype, len(size)) and not watched(x, weight):
+        return _convolve_piece(x, weight, bias, layout.whole, size)
+    widths = [plan.channels for plan in pieces]
+    parts = list(zip(torch.split(x, widths, 1), torch.split(weight, widths, 1), pieces, strict=True))
+    parts.sort(key=lambda part: part[2].spacing is None)  # the native convolution adds the bias for nothing
+    total = _convolve_piece(*parts[0][:2], bias, parts[0][2], size)
+    for part, w, plan in parts[1:]:
+        total = total + _convolve_piece(part, w, None, plan, size)
+    return total
+
+
+def apply_layout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
 ) -> Tensor:
-    """Convolve by plans that are made already: what the functions and the modules share."""
-    plan = plans[0]
+    """Convolve by a layout that is made already: what the functions and the modules share."""
+    plan = layout.whole
     _check_shapes(x, weight, bias, plan.groups)
     rank, device = weight.dim() - 2, x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
-    size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, plan.dilation)
-    y = convolve(batched, weight, bias, plans, size)
+    size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, dilation)
+    y = _convolve(batched, weight, bias, layout, size)
     if not torch.compiler.is_compiling():
-        y = _like_layout(y, batched)
+        y = y.contiguous(memory_format=memory_format(batched))
     return y if x.dim() == rank + 2 else y.squeeze(0)
 
 
@@ -188,8 +212,8 @@ def _sparse_conv(
     channels = weight.shape[1] * groups
     require(len(taps) <= channels, "offsets", f"have no more groups than the {channels} input channels", len(taps))
     pads = resolve_padding(padding, kernel_size, steps, spread)
-    plans = make_plans(taps, channels, kernel_size, steps, pads, spread, groups)
-    return apply_plans(input, weight, bias, plans, pads)
+    layout = make_layout(taps, channels, kernel_size, steps, pads, spread, groups)
+    return apply_layout(input, weight, bias, layout, pads, spread)
 
 
 def sparse_conv1d(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [group][tap][axis]
@@ -12,55 +14,82 @@ NATIVE_CHANNELS = 16  # a grid of fewer channels is no faster in PyTorch's own c
 
 
 class Run(NamedTuple):
-    """Input channels ``start … stop − 1`` of a repeat, which share the offsets ``taps``."""
+    """Input channels ``start … stop − 1`` of a repeat, whose taps are the same.
+
+    Tap t reads pixel ``stride · u + shifts[t]`` for output u; that may lie outside the image.
+    """
 
     start: int
     stop: int
-    taps: tuple[tuple[int, ...], ...]
-
-
-class Piece(NamedTuple):
-    """Neighbouring input channels that are computed together, ``channels`` of them.
-
-    If all read the same grid, ``spacing`` and its first offset ``corner`` say which, and PyTorch's own dilated
-    convolution computes them. Otherwise they become columns: ``runs`` laid out ``repeats`` times, so that a depthwise
-    layer that cycles through P patterns costs P slices per tap, not one per channel.
-    """
-
-    channels: int
-    runs: tuple[Run, ...]
-    repeats: int = 1
-    corner: tuple[int, ...] | None = None
-    spacing: tuple[int, ...] | None = None
+    shifts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every connection of one piece lands: all that the computation needs beside the tensors."""
+    """Where every connection of neighbouring input channels lands: all that is computed with beside the tensors.
 
-    piece: Piece
-    kernel_size: tuple[int, ...]
+    ``runs`` are laid out ``repeats`` times, so that a depthwise layer that cycles through P patterns costs P slices per
+    tap, not one per channel.
+    """
+
+    runs: tuple[Run, ...]
+    repeats: int
     stride: tuple[int, ...]
-    before: tuple[int, ...]  # pixels added before the image, per axis
+    before: tuple[int, ...]  # pixels that the taps reach beyond the image, per axis: at its start, and at its end
     after: tuple[int, ...]
-    first: tuple[int, ...]  # index in the extended image of offset 0 for output 0
-    dilation: tuple[int, ...]
     groups: int
+    spacing: tuple[int, ...] | None = None  # pixels between the taps if all channels read the same grid
+    text: str = field(init=False, compare=False, repr=False)
     blocks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # work space, see `columns.Block`
 
+    def __post_init__(self) -> None:
+        parts = (self.runs, self.repeats, self.stride, self.before, self.after, self.groups)
+        object.__setattr__(self, "text", json.dumps(parts))
 
-def _grid(taps: tuple[tuple[int, ...], ...], kernel_size: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
-    """Return (corner, spacing) if the taps are a grid in C order, else None."""
+    @property
+    def channels(self) -> int:
+        """Number of input channels."""
+        return self.repeats * self.runs[-1].stop
+
+    @property
+    def taps(self) -> int:
+        """Number of taps of a channel."""
+        return len(self.runs[0].shifts)
+
+    @property
+    def shifts(self) -> list[tuple[tuple[int, ...], ...]]:
+        """The shifts of each input channel: [channel][tap][axis]."""
+        return [run.shifts for run in self.runs for _ in range(run.start, run.stop)] * self.repeats
+
+
+@lru_cache(maxsize=1024)
+def read_plan(text: str) -> Plan:
+    """Return the plan that has this ``text``: the operators know a plan by what it says.
+
+    So a compiled program that is kept in a cache means the same in another process.
+    """
+    runs, repeats, *rest, groups = json.loads(text)
+    kept = tuple(Run(start, stop, tuple(map(tuple, shifts))) for start, stop, shifts in runs)
+    return Plan(kept, repeats, *map(tuple, rest), groups)
+
+
+class Layout(NamedTuple):
+    """One layer, laid out in two ways."""
+
+    whole: Plan  # all channels at once
+    pieces: tuple[Plan, ...]  # grids for PyTorch's own convolution where that pays, and the rest; their results add up
+
+
+def _grid(taps: tuple[tuple[int, ...], ...], kernel_size: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the spacing if the taps are a grid in C order, else None."""
     axes: list[list[int]] = [sorted({t[axis] for t in taps}) for axis in range(len(kernel_size))]
     if [len(a) for a in axes] != list(kernel_size) or list(itertools.product(*axes)) != list(taps):
         return None
     steps = [{q - p for p, q in itertools.pairwise(a)} or {1} for a in axes]
-    if any(len(s) > 1 for s in steps):
-        return None
-    return tuple(a[0] for a in axes), tuple(s.pop() for s in steps)
+    return None if any(len(s) > 1 for s in steps) else tuple(s.pop() for s in steps)
 
 
-def _runs(taps: Taps, channels: int) -> tuple[list[Run], int]:
+def _runs(taps: Taps, channels: int) -> tuple[tuple[Run, ...], int]:
     """Split the channels into runs of equal taps, and find how often the sequence of runs repeats."""
     row = [c * len(taps) // channels for c in range(channels)]
     names: dict[tuple[tuple[int, ...], ...], int] = {}
@@ -68,30 +97,25 @@ def _runs(taps: Taps, channels: int) -> tuple[list[Run], int]:
     period = next(p for p in range(1, channels + 1) if channels % p == 0 and sequence == sequence[:p] * (channels // p))
     runs: list[Run] = []
     for c in range(period):
-        if runs and runs[-1].taps == taps[row[c]]:
+        if runs and runs[-1].shifts == taps[row[c]]:
             runs[-1] = runs[-1]._replace(stop=c + 1)
         else:
             runs.append(Run(c, c + 1, taps[row[c]]))
-    return runs, channels // period
+    return tuple(runs), channels // period
 
 
-def _pieces(taps: Taps, channels: int, kernel_size: tuple[int, ...], groups: int) -> tuple[Piece, ...]:
-    """Give grids to PyTorch's own convolution where that pays, all else to columns."""
-    runs, repeats = _runs(taps, channels)
-    if len(runs) == 1 and (grid := _grid(runs[0].taps, kernel_size)):
-        return (Piece(channels, tuple(runs), 1, *grid),)
-    if groups > 1 or repeats > 1:
-        return (Piece(channels, tuple(runs), repeats),)
-    pieces: list[Piece] = []
+def _split(runs: tuple[Run, ...], kernel_size: Sequence[int]) -> list[tuple[Run, ...]]:
+    """Part wide grids, which PyTorch's own convolution computes, from the rest."""
+    pieces: list[tuple[Run, ...]] = []
+    mixed = False  # whether the last piece is one for columns
     for run in runs:
         width = run.stop - run.start
-        if width >= NATIVE_CHANNELS and (grid := _grid(run.taps, kernel_size)):
-            pieces.append(Piece(width, (run,), 1, *grid))
-            continue
-        last = pieces.pop() if pieces and pieces[-1].corner is None else Piece(0, ())
-        moved = Run(last.channels, last.channels + width, run.taps)
-        pieces.append(Piece(last.channels + width, (*last.runs, moved)))
-    return tuple(pieces)
+        native = width >= NATIVE_CHANNELS and _grid(run.shifts, kernel_size) is not None
+        last = pieces.pop() if mixed and not native else ()
+        start = last[-1].stop if last else 0
+        pieces.append((*last, Run(start, start + width, run.shifts)))
+        mixed = not native
+    return pieces
 
 
 def reach(
@@ -109,7 +133,7 @@ def reach(
     return tuple(before), tuple(after)
 
 
-def make_plans(
+def make_layout(
     taps: Taps,
     channels: int,
     kernel_size: tuple[int, ...],
@@ -117,28 +141,36 @@ def make_plans(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
     groups: int,
-) -> tuple[Plan, ...]:
-    """Lay out one layer, piece by piece; ``padding`` is (before, after) per axis, as of the plain convolution."""
-    plans = []
-    for piece in _pieces(taps, channels, kernel_size, groups):
-        offsets = [tap for run in piece.runs for tap in run.taps]
-        before, after = reach(offsets, kernel_size, padding, dilation)
-        origin = zip(before, padding, dilation, kernel_size, strict=True)
-        first = tuple(b - low + d * ((k - 1) // 2) for b, (low, _), d, k in origin)
-        plans.append(Plan(piece, kernel_size, stride, before, after, first, dilation, groups))
-    return tuple(plans)
+) -> Layout:
+    """Lay out one layer; ``padding`` is (before, after) per axis, as of the plain convolution."""
+    origin = [d * ((k - 1) // 2) - low for k, (low, _), d in zip(kernel_size, padding, dilation, strict=True)]
+
+    def shift(tap: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(a + d * o for a, d, o in zip(origin, dilation, tap, strict=True))
+
+    def plan(runs: tuple[Run, ...], native: bool = False) -> Plan:
+        extra = reach([tap for run in runs for tap in run.shifts], kernel_size, padding, dilation)
+        placed = tuple(run._replace(shifts=tuple(map(shift, run.shifts))) for run in runs)
+        return Plan(placed, repeats, stride, *extra, groups, _grid(placed[0].shifts, kernel_size) if native else None)
+
+    runs, repeats = _runs(taps, channels)
+    if len(runs) == 1 or groups > 1 or repeats > 1:
+        return Layout(plan(runs), (plan(runs, len(runs) == 1),))
+    pieces = _split(runs, kernel_size)
+    return Layout(plan(runs), tuple(plan(p, len(p) == 1 and p[0].stop >= NATIVE_CHANNELS) for p in pieces))
 
 
-def slices(plan: Plan, size: Sequence[int], tap: Sequence[int], spacing: Sequence[int] | None = None) -> Any:
+def slices(plan: Plan, size: Sequence[int], tap: Sequence[int], wider: Sequence[int] | None = None) -> Any:
     """Return the index of what ``tap`` of all output units reads in the extended image, on its last axes.
 
-    With ``spacing``, of the part of the image that the grid with its corner at ``tap`` reads.
+    Args:
+        plan: of the layer.
+        size: spatial output size.
+        tap: a shift of the plan.
+        wider: pixels to take beside that at the end of each axis, for a grid that starts at ``tap``.
     """
-    starts = [f + d * o for f, d, o in zip(plan.first, plan.dilation, tap, strict=True)]
-    if spacing is None:
+    starts = [b + o for b, o in zip(plan.before, tap, strict=True)]
+    if wider is None:
         return (..., *(slice(a, a + s * (n - 1) + 1, s) for a, s, n in zip(starts, plan.stride, size, strict=True)))
-    far = [d * g * (k - 1) for d, g, k in zip(plan.dilation, spacing, plan.kernel_size, strict=True)]
-    return (
-        ...,
-        *(slice(a, a + s * (n - 1) + r + 1) for a, s, n, r in zip(starts, plan.stride, size, far, strict=True)),
-    )
+    ends = [a + s * (n - 1) + w + 1 for a, s, n, w in zip(starts, plan.stride, size, wider, strict=True)]
+    return (..., *(slice(a, e) for a, e in zip(starts, ends, strict=True)))

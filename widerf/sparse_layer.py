@@ -12,9 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from widerf import patterns
 from widerf._checks import require
-from widerf.functional import apply_plans, check_offsets, extend, read_taps, resolve_padding
+from widerf.functional import apply_layout, check_offsets, extend, read_taps, resolve_padding
 from widerf.geometry import ntuple
-from widerf.layout import Plan, make_plans, reach
+from widerf.layout import Layout, make_layout, reach
 from widerf.offsets import averaged, check_pattern, draw_offsets, fresh_seed, window_of
 
 Size = int | Sequence[int]
@@ -131,8 +131,8 @@ class SparseConv(_ConvNd):
         self._layout()  # here, so that a compiler finds it done
 
     def _forget(self) -> None:
-        """Drop what is derived: the plans, and the mark of the offsets that they were made from."""
-        self._planned: tuple[Any, tuple[Plan, ...], Pairs, Pairs] | None = None
+        """Drop what is derived: the layout, and the mark of the offsets that it was made from."""
+        self._planned: tuple[Any, Layout, Pairs, Pairs] | None = None
         self._mark: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,8 +209,8 @@ class SparseConv(_ConvNd):
             self._forget()
             self._layout()
 
-    def _layout(self) -> tuple[tuple[Plan, ...], Pairs, Pairs]:
-        """Return the plans, the padding they work with, and what to add to the image beforehand."""
+    def _layout(self) -> tuple[Layout, Pairs, Pairs]:
+        """Return the layout, the padding it works with, and what to add to the image beforehand."""
         key = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
         if self._planned is None or self._planned[0] != key:
             pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
@@ -219,10 +219,10 @@ class SparseConv(_ConvNd):
                 offsets = [tap for group in self._taps for tap in group]
                 added = tuple(zip(*reach(offsets, self.kernel_size, pads, self.dilation), strict=True))
                 pads = tuple((low - a, high - b) for (low, high), (a, b) in zip(pads, added, strict=True))
-            plans = make_plans(
+            layout = make_layout(
                 self._taps, self.in_channels, self.kernel_size, self.stride, pads, self.dilation, self.groups
             )
-            self._planned = (key, plans, pads, added)
+            self._planned = (key, layout, pads, added)
             self._hash = hash(self._taps)
         return self._planned[1:]
 
@@ -232,9 +232,9 @@ class SparseConv(_ConvNd):
             self._follow()
         elif torch.compiler.is_dynamo_compiling():
             require(_hash_now(self.offsets) == self._hash, "offsets", CHANGED, "other offsets than in the last call")
-        plans, pads, added = self._layout()
+        layout, pads, added = self._layout()
         wide = extend(input, added, self.padding_mode)
-        return apply_plans(wide, self.weight, self.bias, plans, pads)
+        return apply_layout(wide, self.weight, self.bias, layout, pads, self.dilation)
 
     def readers(self) -> tuple[int, int]:
         """Return how many of the input channels of one group of connections read a cell of the window: (fewest, most).

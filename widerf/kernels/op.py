@@ -1,0 +1,138 @@
+"""The sparse convolution and its two transposes as operators of PyTorch, whichever kernel computes them.
+
+The convolution f(x, w) is bilinear, and so are its transposes; the three are closed under differentiation, so that
+derivatives of any order stay on the fast path. A compiler sees each as one closed operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from widerf import columns, kernels
+from widerf.layout import Plan, read_plan
+
+_library = torch.library.Library("widerf", "DEF")
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether somebody follows the operators one by one: an exporter, a tracer, a counter of operations, a transform.
+
+    They get operators that all of them know. A compiler takes the closed operator, but an exported program has to run
+    where widerf is not installed.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        exporting: Any = getattr(torch.compiler, "is_exporting", None)
+        return exporting is None or bool(exporting())
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or _get_current_dispatch_mode() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the format of a result computed from ``x``: channels_last stays channels_last."""
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):
+        return torch.contiguous_format
+    return wanted
+
+
+def sparse_conv(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
+    """Convolve ``x`` (batch, channels, *spatial); returns (batch, out, *size)."""
+    if watched(x, weight):
+        return columns.plain(x, weight, plan, size)
+    return _convolve(x, weight, plan.text, size)  # type: ignore[no-any-return]
+
+
+def _compute(name: str, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+    if first.dtype != second.dtype or first.device != second.device:
+        raise RuntimeError(
+            "sparse_conv expects its tensors to have one dtype and device, "
+            f"but got {first.dtype} on {first.device} and {second.dtype} on {second.device}"
+        )
+    kernel = kernels.choose(first.device.type, first.dtype, first.dim() - 2)
+    result: Tensor = getattr(kernel, name)(first, second, read_plan(plan), shape)
+    form = torch.contiguous_format if name == "grad_weight" else memory_format(first)
+    return result.contiguous(memory_format=form)
+
+
+def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, plain: Any) -> Any:
+    """Register one operator (first, second, plan, shape) → tensor."""
+    _library.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)
+
+    def compute(first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+        return _compute(kernel, first, second, plan, shape)
+
+    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        first, second, ctx.plan, _ = inputs
+        ctx.save_for_backward(first, second)
+
+    def derivatives(ctx: Any, up: Tensor) -> Any:
+        first, second = backward(ctx.plan, *ctx.saved_tensors, up)
+        needed = ctx.needs_input_grad
+        return first() if needed[0] else None, second() if needed[1] else None, None, None
+
+    def batched(info: Any, dims: Any, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Any:
+        one = torch.vmap(lambda a, b: plain(a, b, read_plan(plan), shape), dims[:2])
+        return one(first, second), 0
+
+    full = f"widerf::{name}"
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(full, fake, lib=_library)
+    torch.library.register_autograd(full, derivatives, setup_context=setup, lib=_library)
+    if hasattr(torch.library, "register_vmap"):  # torch 2.5
+        torch.library.register_vmap(full, batched, lib=_library)
+    return getattr(torch.ops.widerf, name).default
+
+
+def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+_convolve: Any = _define(
+    "sparse_conv",
+    "Tensor input, Tensor weight, str plan, SymInt[] size",
+    "forward",
+    lambda x, weight, plan, size: _shaped(x, (x.shape[0], weight.shape[0], *size)),
+    lambda plan, x, weight, up: (
+        lambda: _grad_input(up, weight, plan, x.shape),
+        lambda: _grad_weight(x, up, plan, weight.shape),
+    ),
+    columns.plain,
+)
+_grad_input: Any = _define(
+    "sparse_conv_grad_input",
+    "Tensor grad, Tensor weight, str plan, SymInt[] shape",
+    "grad_input",
+    lambda grad, weight, plan, shape: _shaped(grad, shape),
+    lambda plan, grad, weight, up: (
+        lambda: _convolve(up, weight, plan, grad.shape[2:]),
+        lambda: _grad_weight(up, grad, plan, weight.shape),
+    ),
+    columns.plain_grad_input,
+)
+_grad_weight: Any = _define(
+    "sparse_conv_grad_weight",
+    "Tensor input, Tensor grad, str plan, SymInt[] shape",
+    "grad_weight",
+    lambda x, grad, plan, shape: x.new_empty(shape),
+    lambda plan, x, grad, up: (
+        lambda: _grad_input(grad, up, plan, x.shape),
+        lambda: _convolve(x, up, plan, grad.shape[2:]),
+    ),
+    columns.plain_grad_weight,
+)
