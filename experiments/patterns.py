@@ -2,14 +2,14 @@
 
 ``python -m experiments.patterns TASK --data-dir DIR --out FOLDER``. Tasks: ``camvid`` labels the pixels of street
 scenes (frames of ``--size``, a 1×1 readout), ``cifar10`` names images at full resolution and ``cifar10-down`` with two
-strides of 2 (both with global average pooling). Six 3×3 layers of ``--channels`` with batch norm. Every arm has the same
-weights, the same multiplications and, seed by seed, the same initial weights and batches; only the offsets differ. The
-first layer is dense in every arm with one extent, and no window is wider than its map.
+strides of 2 (both with global average pooling). Six 3×3 layers of ``--channels`` with batch norm. Every arm has the
+same weights, the same multiplications and, seed by seed, the same initial weights and batches; only the offsets differ.
+The first layer is dense in every arm with one extent, and no window is wider than its map.
 
 Part of the training images is held out (CamVid: 60 of 367, every sixth; CIFAR-10: 1,000); they choose learning rates
 and count steps. The test images (CamVid: the 101 ``val`` frames; CIFAR-10: every fifth, 2,000) are looked at once,
-after training. The learning rate of each arm is tuned on one shared grid with seeds that are not used again, then ``--seeds``
-paired runs follow. Runs that are finished are kept: a second call does what is missing.
+after training. The learning rate of each arm is tuned on one shared grid with seeds that are not used again, then
+``--seeds`` paired runs follow. Runs that are finished are kept: a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -244,9 +244,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(options).items() if key not in aside}
     short = options.tune_steps
     tuning = [
-        Job(
-            arm=arm, rate=rate, seed=seed, steps=options.tune_steps, every=options.tune_steps, last_look=False, **shared
-        )
+        Job(arm=arm, rate=rate, seed=seed, steps=short, every=short, last_look=False, **shared)
         for arm in options.arms
         for rate in options.rates
         for seed in TUNE_SEEDS
