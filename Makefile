@@ -32,11 +32,14 @@ bench: .venv/dev.stamp  ## speed, as ratios to named rivals in the same run; lea
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: pyproject.toml | .venv/bin/python
+# What the installation depends on: the kernels are compiled anew when their sources change.
+SOURCES := pyproject.toml setup.py $(wildcard widerf/kernels/csrc/*)
+
+.venv/demo.stamp: $(SOURCES) | .venv/bin/python
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-.venv/dev.stamp: pyproject.toml | .venv/bin/python
+.venv/dev.stamp: $(SOURCES) | .venv/bin/python
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ .venv/demo.stamp
 

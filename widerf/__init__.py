@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from widerf import functional, init, patterns, profile
+    from widerf import functional, init, kernels, patterns, profile
     from widerf.conversion import convert, densify
     from widerf.erf import ERF
     from widerf.init import InitReport, LayerChange
@@ -33,7 +33,7 @@ _HOME = {
     "predict": "prediction",
     "receptive_field": "receptive",
 }
-_MODULES = ("functional", "init", "patterns", "profile")
+_MODULES = ("functional", "init", "kernels", "patterns", "profile")
 
 __all__ = [
     "ERF",
@@ -48,6 +48,7 @@ __all__ = [
     "densify",
     "functional",
     "init",
+    "kernels",
     "measure",
     "patterns",
     "predict",

@@ -157,7 +157,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, si
     pieces = layout.pieces
     if len(pieces) == 1:
         return _convolve_piece(x, weight, bias, pieces[0], size)
-    if kernels.compiled(x.device.type, x.dtype, len(size)) and not watched(x, weight):
+    if kernels.compiled(x.device, x.dtype, len(size)) and not watched(x, weight):
         return _convolve_piece(x, weight, bias, layout.whole, size)
     widths = [plan.channels for plan in pieces]
     parts = list(zip(torch.split(x, widths, 1), torch.split(weight, widths, 1), pieces, strict=True))

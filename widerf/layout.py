@@ -68,9 +68,9 @@ def read_plan(text: str) -> Plan:
 
     So a compiled program that is kept in a cache means the same in another process.
     """
-    runs, repeats, *rest, groups = json.loads(text)
+    runs, repeats, stride, before, after, groups = json.loads(text)
     kept = tuple(Run(start, stop, tuple(map(tuple, shifts))) for start, stop, shifts in runs)
-    return Plan(kept, repeats, *map(tuple, rest), groups)
+    return Plan(kept, repeats, tuple(stride), tuple(before), tuple(after), groups)
 
 
 class Layout(NamedTuple):

@@ -7,6 +7,7 @@ derivatives of any order stay on the fast path. A compiler sees each as one clos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from widerf import columns, kernels
+from widerf.kernels import cpu
 from widerf.layout import Plan, read_plan
 
-_library = torch.library.Library("widerf", "DEF")
+_library: Any = torch.library.Library("widerf", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
@@ -58,14 +60,42 @@ def sparse_conv(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> T
     return _convolve(x, weight, plan.text, size)  # type: ignore[no-any-return]
 
 
-def _compute(name: str, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+@lru_cache(maxsize=512)
+def _table(plan: str) -> Tensor:
+    """Return the shifts as the CUDA kernels take them: (channels, taps, 2), one row for a signal."""
+    return torch.tensor([[(0, *shift)[-2:] for shift in taps] for taps in read_plan(plan).shifts], dtype=torch.int32)
+
+
+def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Call `widerf.kernels.cuda`, which takes images only: a signal is one of one row."""
+    from widerf.kernels import cuda
+
+    flat = first.dim() == 3
+    if flat:
+        first, second = first.unsqueeze(2), second.unsqueeze(2)
+    common = (_table(plan.text), (1, *plan.stride)[-2:], plan.groups)
+    if name == "grad_weight":
+        return cuda.grad_weight(first, second, *common).reshape(*shape)
+    last = memory_format(first) == torch.channels_last
+    size = (1, *(shape if name == "forward" else shape[2:]))[-2:]
+    result: Tensor = getattr(cuda, name)(first, second, *common, size, last)
+    return result.squeeze(2) if flat else result
+
+
+def _compute(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+    """Compute one of the three maps, which bear the same names in all kernels, by the path for such tensors."""
     if first.dtype != second.dtype or first.device != second.device:
         raise RuntimeError(
             "sparse_conv expects its tensors to have one dtype and device, "
             f"but got {first.dtype} on {first.device} and {second.dtype} on {second.device}"
         )
-    kernel = kernels.choose(first.device.type, first.dtype, first.dim() - 2)
-    result: Tensor = getattr(kernel, name)(first, second, read_plan(plan), shape)
+    dtype, (path, _) = first.dtype, kernels.path(first.device, first.dtype, first.dim() - 2)
+    if path == "cuda":
+        result = _on_cuda(name, first, second, plan, shape)
+    elif path == "cpu":
+        result = getattr(cpu, name)(first.float(), second.float(), plan, shape).to(dtype)
+    else:
+        result = getattr(columns, name)(first, second, plan, shape)
     form = torch.contiguous_format if name == "grad_weight" else memory_format(first)
     return result.contiguous(memory_format=form)
 
@@ -75,7 +105,7 @@ def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, pl
     _library.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)
 
     def compute(first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
-        return _compute(kernel, first, second, plan, shape)
+        return _compute(kernel, first, second, read_plan(plan), shape)
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         first, second, ctx.plan, _ = inputs
