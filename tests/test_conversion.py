@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import widerf
 from tests.reference import fingerprint
 from widerf import SparseConv2d, convert, densify
-from widerf.conversion import automatic_extent
+from widerf.windows import automatic_extent
 
 
 class Block(nn.Module):

@@ -8,7 +8,6 @@ restores Σ w². A base initialisation such as He's keeps its gain; only the sha
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from widerf.advice import undone, warnings_of
 from widerf.convolutions import Kernel, Selector, find_kernels, select
 from widerf.draws import Base, check_base
 from widerf.geometry import ntuple
-from widerf.network import Place, border_loss, chain_energy, find_places
+from widerf.network import Place, border_loss, chain_energy, find_places, predicted_std
 from widerf.profile import check_strength, solve_axes
 from widerf.report import Report
 from widerf.rescale import LayerChange, Step, execute, factors_for, plan
@@ -147,15 +146,15 @@ def apply(
         holds = "hold values in every layer that is to change"
         require(step.refusal is None or dry_run, "model", holds, f"{step.kernel.name} ({step.refusal})")
     places = {} if input_size is None else find_places(model, input_size, kernels)
-    before, problem = _std(model, input_size)
+    before, problem = predicted_std(model, input_size)
     after = None
     if dry_run and before is not None:
         with untouched(model), _kept(generator):
             _change(steps, base, generator, dry_run=False)
-            after, problem = _std(model, input_size)
+            after, problem = predicted_std(model, input_size)
     rows = _change(steps, base, generator, dry_run)
     if not dry_run and before is not None:
-        after, problem = _std(model, input_size)
+        after, problem = predicted_std(model, input_size)
     rows = _told(rows, steps, places, undone(model, kernels))
     notes = [*warnings_of(model, steps, rows), *([problem] if problem else [])]
     stds = (before, after) if before and after else None
@@ -167,22 +166,6 @@ def apply(
         signal_kept=_signal_kept(steps, rows, places),
         dry_run=dry_run,
     )
-
-
-def _std(model: nn.Module, input_size: Sequence[int] | None) -> tuple[float | None, str]:
-    """Return the predicted std of the network's ERF, or ``None`` and why there is none."""
-    if input_size is None:
-        return None, ""
-    from widerf.prediction import predict
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            std = float(predict(model, input_size).std)
-        except (NotImplementedError, ValueError) as error:
-            return None, f"the gain cannot be predicted: {error}"
-    clipped = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    return std, (f"the gain is understated: {clipped[0]}" if clipped else "")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,3 +223,19 @@ def _variance(energy: Tensor) -> Tensor:
         mean = (marginal * place).sum()
         variances.append((marginal * (place - mean) ** 2).sum())
     return torch.stack(variances).mean()
+
+
+def predicted_std(model: nn.Module, input_size: Sequence[int] | None) -> tuple[float | None, str]:
+    """Return the predicted std of the network's ERF in input pixels or ``None``, and what is wrong with it or nothing."""
+    if input_size is None:
+        return None, ""
+    from widerf.prediction import predict
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            std = float(predict(model, tuple(input_size)).std)
+        except (NotImplementedError, ValueError) as error:
+            return None, f"the ERF's gain cannot be predicted: {error}"
+    clipped = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    return std, (f"the ERF's gain is understated: {clipped[0]}" if clipped else "")
