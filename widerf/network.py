@@ -226,7 +226,7 @@ def _variance(energy: Tensor) -> Tensor:
 
 
 def predicted_std(model: nn.Module, input_size: Sequence[int] | None) -> tuple[float | None, str]:
-    """Return the predicted std of the network's ERF in input pixels or ``None``, and what is wrong with it or nothing."""
+    """Return the predicted std of the network's ERF or ``None``, and what is wrong with it or nothing."""
     if input_size is None:
         return None, ""
     from widerf.prediction import predict
