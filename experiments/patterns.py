@@ -227,6 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps between two looks at the held-out images")
     parser.add_argument("--erf-samples", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tune-only", action="store_true", help="stop when the learning rates are chosen")
     options = parser.parse_args()
     if options.seeds < 1 or options.steps < 1:
         raise InputError(f"--seeds and --steps must be at least 1, got {options.seeds} and {options.steps}")
@@ -240,7 +241,7 @@ def main() -> None:
     problem(options.task, options.data_dir, size)  # decode once, and complain before the first run
     shared = {key: getattr(options, key) for key in ("task", "batch", "erf_samples", "channels")}
     shared |= {"size": size, "data_dir": options.data_dir and str(options.data_dir)}
-    aside = ("data_dir", "out", "workers", "seeds", "arms")
+    aside = ("data_dir", "out", "workers", "seeds", "arms", "tune_only")
     settings = {key: value for key, value in vars(options).items() if key not in aside}
     short = options.tune_steps
     tuning = [
@@ -251,6 +252,10 @@ def main() -> None:
     ]
     tuned = run_all(tuning, work, options.out / "tune", workers=options.workers, settings=settings)
     rates = best_rates(tuned)
+    write_jsonl(options.out / "tune.jsonl", tuned)
+    print(json.dumps(rates))
+    if options.tune_only:
+        return
     jobs = [
         Job(arm=arm, rate=rates[arm], seed=seed, steps=options.steps, every=options.every, last_look=True, **shared)
         for seed in range(options.seeds)
@@ -258,11 +263,9 @@ def main() -> None:
     ]
     records = run_all(jobs, work, options.out / "train", workers=options.workers, settings=settings)
     page = summary(options.task, records, settings)
-    for name, rows in (("tune", tuned), ("runs", records)):
-        write_jsonl(options.out / f"{name}.jsonl", rows)
+    write_jsonl(options.out / "runs.jsonl", records)
     write_whole(options.out / "summary.md", page)
     print(page)
-    print(json.dumps(rates))
 
 
 if __name__ == "__main__":
