@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from widerf.erf import ERF
 
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError, KeyError)
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +120,11 @@ def _prepared(options: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
     from widerf.loading import default_input_size, load_model, parse_arguments
 
     torch.manual_seed(options.seed)
-    model = load_model(options.model, name=options.timm, arguments=parse_arguments(options.set))
+    arguments = parse_arguments(options.set)
+    try:
+        model = load_model(options.model, name=options.timm, arguments=arguments)
+    except (RuntimeError, KeyError) as error:  # a checkpoint of another model, or what the model's builder says
+        raise ValueError(f"MODEL must build, got {options.model!r}: {str(error).strip().splitlines()[0]}") from error
     return model.train(options.train), options.input_size or default_input_size(model)
 
 
