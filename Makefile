@@ -26,7 +26,7 @@ docs: .venv/dev.stamp  ## build the documentation; a warning is an error
 check: lint docs test  ## all that CI asks for
 
 bench: .venv/dev.stamp  ## speed, as ratios to named rivals in the same run; leave the machine alone meanwhile
-	$(BIN)/pip install -q '.[bench]'
+	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python -m experiments.bench
 
 .venv/bin/python:
