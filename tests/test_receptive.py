@@ -239,6 +239,33 @@ def test_squeeze_excite_is_named_and_the_local_size_is_given_beside_it() -> None
     assert found.global_paths == ("0.squeeze.0", "1.squeeze.0")
 
 
+def test_squeeze_excite_over_channels_that_see_differently_is_global() -> None:
+    class Ghost(nn.Module):
+        """Half of the channels went through one more layer, as in GhostNet, before the squeeze-excite."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.primary = nn.Conv2d(2, 2, 3, padding=1)
+            self.further = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.primary(x)
+            x = torch.cat([x, self.further(x)], 1)
+            return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+    found = receptive_field(nn.Sequential(Ghost(), nn.Conv2d(4, 4, 3, stride=2, padding=1)), (2, 16, 16))
+    assert found.jump == (2.0, 2.0) and found.size == (7, 7) and found.global_paths == ("0",)
+
+
+def test_units_that_all_see_the_same_lie_one_cell_apart() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 4).clone()
+
+    found = receptive_field(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), Mean()), (1, 16, 16))
+    assert found.jump == (4.0, 4.0) and not found.regular and found.size == (16, 16)
+
+
 def test_attention_is_global_and_the_patch_is_local() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=2)
     found = receptive_field(model)

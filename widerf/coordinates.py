@@ -21,6 +21,7 @@ from widerf.trace import Step, Tape
 
 _PERIODS = 16  # longest period along an axis that is looked for: beyond upsampling by 16 the mean slope stands in
 _EMPTY = math.inf
+Jump = tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +82,8 @@ def _advance(step: Step, kind: str, tape: Tape, inputs: dict[int, Field], spatia
     arguments = step.arguments(tape.values)
     reaches, jump = _RULES[kind](step, arguments, {i: f.reach for i, f in inputs.items()}, shapes, jump)
     if kind in _MIXING:
-        merged = any(_is_constant(r) and _sees_all(r, spatial) for r in reaches if r is not None)
-        if merged and not all(_is_constant(f.reach) for f in inputs.values()):
+        outputs = [r for r in reaches if r is not None]
+        if _merges_positions(outputs, [f.reach for f in inputs.values()], spatial, jump):
             paths |= {step.module}
             reaches = [None if r is None else torch.full_like(r, _EMPTY) for r in reaches]
     if kind == "normalisation" and _normalises_space(step, arguments):
@@ -116,15 +117,41 @@ def _union(reaches: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     return union.expand(-1, *shape)
 
 
-def _sees_all(reach: Tensor, spatial: tuple[int, ...]) -> bool:
-    """Whether every element sees the whole image, which has more than one pixel."""
+def _sees_all(reach: Tensor, spatial: tuple[int, ...], how: Callable[[Tensor], Tensor] = torch.all) -> bool:
+    """Whether every element, or with ``torch.any`` some element, sees the whole image."""
     whole = torch.tensor([0.0 for _ in spatial] + [1.0 - n for n in spatial])
-    return bool((_thin(reach).flatten(1) <= whole[:, None]).all())
+    return bool(how((_thin(reach).flatten(1) <= whole[:, None]).all(0)))
 
 
-def _is_constant(reach: Tensor) -> bool:
-    flat = _thin(reach).flatten(1)
-    return bool((flat == flat[:, :1]).all())
+def _merges_positions(outputs: list[Tensor], inputs: list[Tensor], spatial: tuple[int, ...], jump: Jump) -> bool:
+    """Whether every output sees the whole image in the same way, which not all inputs did.
+
+    "The same way" is tried strictly and with some slack: channels may see differently (part of them went through a
+    further layer), and so may neighbours, by one jump (attention among every second position). Where no input saw
+    the whole image, it is enough that every output does.
+    """
+    whole = [reach for reach in outputs if _sees_all(reach, spatial)]
+    if whole and not any(_sees_all(reach, spatial, torch.any) for reach in inputs):
+        return True
+    channels = 2 if outputs and outputs[0].ndim == len(spatial) + 3 and len(spatial) > 1 else None
+    for axis in {None, channels}:
+        for slack in (0.0, max(jump)):
+            same = [_is_constant(reach, axis, slack) for reach in inputs]
+            if not all(same) and any(_is_constant(reach, axis, slack) for reach in whole):
+                return True
+    return False
+
+
+def _is_constant(reach: Tensor, free: int | None = None, slack: float = 0.0) -> bool:
+    """Whether boxes differ by no more than ``slack`` along all axes but ``free``."""
+    reach = _thin(reach)
+    dims = [dim for dim in range(1, reach.ndim) if dim != free]
+    if not dims:
+        return True
+    first = reach
+    for dim in dims:
+        first = first.narrow(dim, 0, 1)
+    return bool(((reach == first) | ((reach - first).abs() <= slack)).all())
 
 
 def _misalignment(fields: list[Field]) -> tuple[float, ...] | None:
@@ -149,7 +176,6 @@ def _misalignment(fields: list[Field]) -> tuple[float, ...] | None:
 
 # ── rules: (step, arguments, reaches of tracked leaves, shapes of outputs, jump) → reaches of outputs, jump ──
 
-Jump = tuple[float, ...]
 Outcome = tuple[list[Tensor | None], Jump]
 Rule = Callable[[Step, dict[str, Any], dict[int, Tensor], list[Any], Jump], Outcome]
 

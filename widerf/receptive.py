@@ -117,6 +117,8 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
         reach = torch.where(blind, whole.view(-1, *(1 for _ in sizes)), reach)
     first, last = reach[:rank].double(), -reach[rank:].double()
     jump, regular = _jump(first, last, reading.result.jump)
+    if bool(blind.all()):  # all see the same: the units' cells tell how far apart they are
+        jump, regular = tuple(n / m for n, m in zip(sizes, first.shape[1:], strict=True)), False
     centre = tuple(n // 2 for n in first.shape[1:])
     place: tuple[Any, ...] = (slice(None), *centre)
     box = (last - first)[place]
@@ -143,7 +145,8 @@ def _jump(first: Tensor, last: Tensor, told: tuple[float, ...]) -> tuple[tuple[f
         if n > 1:
             steps = first[axis].diff(dim=axis)
             shown = float(steps.mean())
-            regular &= bool((steps - shown).abs().max() < 1e-3)
+            # Boxes that do not move (a global path that was not told from a local one) tell no jump.
+            regular &= bool((steps - shown).abs().max() < 1e-3) and shown > 0
         regular &= bool((last[axis] - first[axis]).std(correction=0) < 1e-3)
         for other in range(rank):
             if other != axis and first.shape[1 + other] > 1:
