@@ -307,6 +307,24 @@ def test_in_place_writes_through_views_are_followed() -> None:
     assert receptive_field(InPlace(), (2, 8, 8), layer="conv").size == (3, 3)
 
 
+class Outlook(nn.Module):
+    """Patches are mixed and put back where they came from, as in VOLO's outlook attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(18, 18, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.unfold(x, 3, padding=1, stride=2)
+        return F.fold(self.mix(columns), (x.shape[2], x.shape[3]), 3, padding=1, stride=2)
+
+
+@pytest.mark.parametrize("unit", [(0, 0), (5, 6), (11, 11)])
+def test_patches_taken_out_and_put_back(unit: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), Outlook())
+    assert_equals_support(model, (2, 12, 12), unit)
+
+
 class Fourier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.fft.rfft2(x).real

@@ -202,6 +202,8 @@ def _moves(step: Step, arguments: dict[str, Any], reaches: dict[int, Tensor], sh
         for back in range(len(pad) // 2):
             reach = _extend(reach, reach.ndim - 1 - back, pad[2 * back], pad[2 * back + 1], jump)
         return [reach], jump
+    if step.name == "im2col":
+        return [_unfolded(arguments, next(iter(reaches.values())), jump)], jump
     parts: list[list[Tensor | None]] = []
     for component in range(next(iter(reaches.values())).shape[0]):
         leaves = {i: reach[component] for i, reach in reaches.items()}
@@ -420,9 +422,33 @@ def _reduction(
     step: Step, arguments: dict[str, Any], reaches: dict[int, Tensor], shapes: list[Any], jump: Jump
 ) -> Outcome:
     (reach,) = reaches.values()
+    if step.name == "col2im":
+        return [_folded(arguments, reach, shapes[0])], jump
     dims = tuple(d + 1 for d in reduced_dims(arguments, reach.ndim - 1))
     union = reach.amin(dims)
     return [None if shape is None else union.reshape(-1, *shape) for shape in shapes], jump
+
+
+def _unfolded(arguments: dict[str, Any], reach: Tensor, jump: Jump) -> Tensor:
+    """Patches side by side as columns; boxes go on beyond the border."""
+    for axis, padding in enumerate(_per_axis(arguments["padding"], 2)):
+        reach = _extend(reach, reach.ndim - 2 + axis, padding, padding, jump)
+    window, dilation, stride = (arguments[name] for name in ("kernel_size", "dilation", "stride"))
+    columns = [torch.nn.functional.unfold(part, window, dilation, 0, stride) for part in reach]
+    return torch.stack(columns)
+
+
+def _folded(arguments: dict[str, Any], columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Overlapping patches, laid side by side as columns, are put back: a pixel sees what all of its patches see."""
+    height, width = shape[-2:]
+    pixels = torch.arange(1.0, height * width + 1).view(1, 1, height, width)  # 0 is the padding
+    geometry = [arguments[name] for name in ("kernel_size", "dilation", "padding", "stride")]
+    target = torch.nn.functional.unfold(pixels, *geometry).long().flatten()
+    count = math.prod(shape[:-2])
+    flat = columns.reshape(columns.shape[0], count, len(target))
+    folded = torch.full((columns.shape[0], count, height * width + 1), _EMPTY)
+    folded = folded.scatter_reduce(2, target.expand_as(flat), flat, "amin")
+    return folded[..., 1:].reshape(-1, *shape)
 
 
 def _matmul(

@@ -44,7 +44,7 @@ _LISTS: dict[Kind, str] = {
         "_upsample_bicubic2d_aa"
     ),
     # Each input element has a part in one output element.
-    "reduction": "mean sum amax amin max min var std var_mean std_mean logsumexp linalg_vector_norm norm prod",
+    "reduction": "col2im mean sum amax amin max min var std var_mean std_mean logsumexp linalg_vector_norm norm prod",
     "normalisation": (
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
         "_batch_norm_with_update miopen_batch_norm native_layer_norm native_group_norm _fused_rms_norm"
