@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from widerf._checks import require, require_known
 from widerf.sandbox import untouched
@@ -138,10 +140,10 @@ def check_unit(unit: Sequence[int] | int | None, spatial_shape: Sequence[int]) -
 def check_finite(model: nn.Module) -> None:
     """Raise ``ValueError`` that names the first parameter or buffer with a value that is not finite."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point() or bool(tensor.detach().sum().isfinite()):  # one look is enough
+            continue
         # Masks of -inf are lawful buffers (Swin's shifted windows); NaN nowhere is.
-        bad = tensor.is_floating_point() and bool(
-            tensor.isnan().any() if not isinstance(tensor, nn.Parameter) else (~tensor.isfinite()).any()
-        )
+        bad = bool(tensor.isnan().any() if not isinstance(tensor, nn.Parameter) else (~tensor.isfinite()).any())
         require(not bad, "model", "hold finite weights", f"NaN or infinity in {name!r}")
 
 
@@ -176,11 +178,30 @@ def _named(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Module
 
 
 def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int, ...]) -> list[_Call]:
-    """Run the model once and list every call of every module, in the order of completion."""
+    """List every call of every module in one forward pass, in the order of completion.
+
+    The pass runs on tensors that have a shape and no content; only where the model cannot do with these, in full.
+    """
+    images = probe_input(model, input_size)
+    try:
+        state = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        return _listen(model, names, input_size[1:], partial(functional_call, model, state, (images.to("meta"),)))
+    except Exception:  # whatever it is, the full pass will tell
+        pass
+    try:
+        return _listen(model, names, input_size[1:], partial(model, images))
+    except Exception as error:
+        shown = tuple(input_size)
+        raise ValueError(f"input_size must be one that the model accepts, got {shown}: {error}") from error
+
+
+def _listen(
+    model: nn.Module, names: dict[nn.Module, str], input_shape: tuple[int, ...], forward: Callable[[], Any]
+) -> list[_Call]:
     calls: list[_Call] = []
     counts: dict[str, int] = {}
     keep: list[Tensor] = []  # alive, so that identities stay unique
-    reader = _Reader(model, input_size[1:])
+    reader = _Reader(model, input_shape)
 
     def hook(module: nn.Module, _: Any, output: Any) -> None:
         name = names[module]
@@ -191,14 +212,9 @@ def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int
         calls.append(_Call(name, index, [tuple(t.shape) for t in tensors], [id(t) for t in tensors], site))
 
     with untouched(model), torch.no_grad():
-        images = probe_input(model, input_size)
         for module in names:
             module.register_forward_hook(hook)
-        try:
-            model(images)
-        except Exception as error:
-            shown = tuple(input_size)
-            raise ValueError(f"input_size must be one that the model accepts, got {shown}: {error}") from error
+        forward()
     return calls
 
 
