@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +244,23 @@ def test_the_compiler_is_not_loaded_by_a_layer() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.slow  # exporting fifty layers takes minutes
+@pytest.mark.filterwarnings("ignore")
+def test_a_converted_resnet50_runs_in_onnxruntime(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet50").eval()
+    report = widerf.convert(model, extent=15)
+    assert sum(row.converted for row in report) >= 10
+    x, file = torch.randn(1, 3, 224, 224), str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), file, dynamo=True, verbose=False)
+    assert {node.domain for node in onnx.load(file).graph.node} <= {"", "ai.onnx"}
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-3, atol=1e-4)

@@ -56,14 +56,12 @@ def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
         (batch, out, *size)
     """
     parts = _by_repeat(pad(x, plan), plan)
-    columns = torch.cat(
-        [
-            torch.stack([parts[:, :, run.start : run.stop][slices(plan, size, t)] for t in run.shifts], dim=3)
-            for run in plan.runs
-        ],
-        dim=2,
-    )  # (batch, repeats, channels/repeats, taps, *size)
-    flat = columns.reshape(x.shape[0], -1, math.prod(size))
+    columns = []
+    for run in plan.runs:
+        part = parts[:, :, run.start : run.stop]
+        columns.append(torch.stack([part[slices(plan, size, shift)] for shift in run.shifts], dim=3))
+    every = torch.cat(columns, dim=2)  # (batch, repeats, channels/repeats, taps, *size)
+    flat = every.reshape(x.shape[0], -1, math.prod(size))
     out = F.conv1d(flat, weight.reshape(weight.shape[0], -1, 1), groups=plan.groups)
     return torch.unflatten(out, 2, tuple(size))
 
