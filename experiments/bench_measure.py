@@ -33,7 +33,7 @@ from widerf.jackknife import jackknife_error
 from widerf.layers import spatial_layer
 
 TARGET = 0.02
-FEW, MANY = 8, 32
+FEW, MANY = 8, 24
 REPETITIONS = 3
 SIZE = (224, 224)
 
