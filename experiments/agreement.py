@@ -2,6 +2,7 @@
 
     python -m experiments.agreement --road measured --cache /tmp/agreement     # hours; picks up where it stopped
     python -m experiments.agreement --road predicted --cache /tmp/agreement    # minutes
+    python -m experiments.agreement --road same --only convnext                # where single predictions scatter: why
     python -m experiments.agreement --road table
 
 Each case is measured with a fixed number of redraws, chosen for a standard error of std of at most 0.5 % and a map that
@@ -27,6 +28,7 @@ import widerf
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 ROADS = ("measured", "predicted")
+SIGNS = 24  # draws of signs for one image and one set of weights
 WEIGHT_DRAWS = 8  # sets of weights that predict is tried on, to show its scatter
 
 
@@ -39,7 +41,7 @@ Made by `python -m experiments.agreement --road measured`, then `--road predicte
   and random signs over the unit's channels; std of the energy map in input pixels with its 95 % interval.
 - *Predicted*: `predict` on weights that the measurement never saw. One run takes one set of weights as it is: the
   figure for the first set, then mean ± standard deviation over {WEIGHT_DRAWS} sets, since weights themselves scatter
-  (most where layers are depthwise and few-channelled).
+  and so do images, of which one run takes one: the second table tells how much of that the ERF itself does.
 - *Map correlation* over all pixels, of the first set's map and of the mean of the sets' maps with the measured map; in
   brackets the correlation that the true map itself would have with the measured one, at so many draws.
 - Batch norm in train mode sees one image on both roads.
@@ -213,6 +215,21 @@ def predicted(case: Case, cache: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def same(case: Case, cache: Path) -> dict[str, Any]:
+    """Measure with the weights and the very image that each single prediction had: only signs are drawn."""
+    image = torch.randn((1, *case.input_size), generator=torch.Generator().manual_seed(0)).expand(SIGNS, -1, -1, -1)
+    stds, errors, guesses = [], [], []
+    for seed in range(WEIGHT_DRAWS):
+        model = built(case, 1000 + seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=UserWarning)
+            erf = widerf.measure(model, case.input_size, inputs=image, samples=SIGNS, batch_size=1)
+            guesses.append(widerf.predict(model, case.input_size).std)
+        stds.append(erf.std)
+        errors.append(erf.standard_error("std"))
+    return {"signs": SIGNS, "measured": stds, "errors": errors, "predicted": guesses}
+
+
 def ceiling(erf: widerf.ERF) -> float:
     """Correlation that the true map itself would have with a measured one, from the scatter of the map's blocks."""
     assert erf.blocks is not None and erf.block_samples is not None
@@ -232,6 +249,8 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def done(case: Case, road: str, rows: dict[tuple[str, str], dict[str, Any]]) -> bool:
     """Whether the road has a row of the case at today's number of draws."""
     row = rows.get((case.name, road), {})
+    if road == "same":
+        return row.get("signs") == SIGNS
     return row.get("draws" if road == "measured" else "against") == case.draws
 
 
@@ -263,13 +282,36 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
             f"{guess['correlation_of_mean']:.4f} ({truth['ceiling']:.4f}) | "
             f"{truth['seconds']:.0f} / {guess['seconds']:.1f} |"
         )
+    return "\n".join(lines) + "\n\n" + same_table(rows)
+
+
+def same_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """What is left of the scatter where both roads have the same weights and the same image."""
+    lines = [
+        "Single predictions against `measure` with the same weights and the same image, where only the signs are drawn",
+        f"(`--road same`, {SIGNS} draws each): single predictions scatter because the ERF itself does, between images and",
+        "between weights, as far as the two go along.",
+        "",
+        f"| case | measured, {WEIGHT_DRAWS} sets of weights, mean ± sd | its standard error | predicted / measured "
+        "± sd | correlation |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, road), row in rows.items():
+        if road != "same":
+            continue
+        truth, guess = torch.tensor(row["measured"]), torch.tensor(row["predicted"])
+        error, ratio = float(torch.tensor(row["errors"]).mean()), guess / truth
+        lines.append(
+            f"| {name} | {truth.mean():.2f} ± {truth.std():.2f} | {error:.2f} | {ratio.mean():.3f} ± {ratio.std():.3f} "
+            f"| {correlation(truth, guess):.3f} |"
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one road over all cases that lack it, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--road", choices=(*ROADS, "table"), required=True)
+    parser.add_argument("--road", choices=(*ROADS, "same", "table"), required=True)
     parser.add_argument("--cache", type=Path, default=Path("build/agreement"), help="where measured maps lie")
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--again", action="store_true", help="also where a row exists")
@@ -283,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     for case in cases():
         if options.only not in case.name or (done(case, options.road, load(file)) and not options.again):
             continue
-        row = (measured if options.road == "measured" else predicted)(case, options.cache)
+        row = {"measured": measured, "predicted": predicted, "same": same}[options.road](case, options.cache)
         if row:
             with file.open("a") as out:
                 out.write(
