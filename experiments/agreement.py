@@ -289,8 +289,8 @@ def same_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     """What is left of the scatter where both roads have the same weights and the same image."""
     lines = [
         "Single predictions against `measure` with the same weights and the same image, where only the signs are drawn",
-        f"(`--road same`, {SIGNS} draws each): single predictions scatter because the ERF itself does, between images and",
-        "between weights, as far as the two go along.",
+        f"(`--road same`, {SIGNS} draws each): single predictions scatter because the ERF itself does, between images",
+        "and between weights, as far as the two go along.",
         "",
         f"| case | measured, {WEIGHT_DRAWS} sets of weights, mean ± sd | its standard error | predicted / measured "
         "± sd | correlation |",
