@@ -1,8 +1,18 @@
 // Depthwise: a plane at a time is copied into a zero border, so that no tap needs a mask, and stays in the first cache.
 #pragma once
 #include "taps.h"
+#include "transpose.h"
 
 namespace {
+
+WIDERF_INLINE void copy_row(const float *from, float *to, int64_t width) {
+  if (width < VW) {
+    for (int64_t x = 0; x < width; x++) to[x] = from[x];
+    return;
+  }
+  for (int64_t x = 0; x < width - VW; x += VW) store(to + x, load(from + x));
+  store(to + width - VW, load(from + width - VW));
+}
 
 // A plane with a border, split by stride into phases, so that each tap reads neighbours for neighbouring outputs.
 struct Bordered {
@@ -14,18 +24,24 @@ struct Bordered {
     y += top, x += left;
     return ((y % phases_y * phases_x + x % phases_x) * rows + y / phases_y) * pitch + x / phases_x;
   }
+  // Image rows that the first `done` of `all` rows of outputs read.
+  int64_t needed(int64_t done, int64_t all) const {
+    return most(0, least(height, (rows - all + done) * phases_y - top));
+  }
+  // Brings the rows that a band of outputs reads to the first cache: taps jump about too much for the processor to foresee.
+  void prefetch(const float *copy, int64_t u, int64_t count, int64_t all) const {
+    if (phases_y * phases_x > 1) return;
+    const float *from = copy + u * pitch;
+    for (int64_t i = 0; i < (rows - all + count) * pitch; i += LINE) __builtin_prefetch(from + i);
+  }
   void fill(const float *from, float *to) const {
     for (int64_t y = 0; y < height; y++, from += width) {
       if (phases_x == 1) {
-        memcpy(to + at(y, 0), from, (size_t)width * sizeof(float));
+        copy_row(from, to + at(y, 0), width);
         continue;
       }
       for (int64_t x = 0; x < width; x++) to[at(y, x)] = from[x];
     }
-  }
-  void empty(const float *from, float *to) const {
-    for (int64_t y = 0; y < height; y++, to += width)
-      for (int64_t x = 0; x < width; x++) to[x] = from[at(y, x)];
   }
 };
 
@@ -95,30 +111,101 @@ inline void conv_plane(const float *x, int64_t pitch, int64_t height, int64_t wi
   }
 }
 
+// A result larger than this leaves the last cache before anybody reads it: it need not enter it.
+constexpr int64_t STREAM_FLOATS = 1 << 20;
+
+// Reads and writes planes of either layout, a few channels at a time.
+struct Planes {
+  int64_t channels, height, width;
+  bool last, stream;
+  Planes(int64_t batch, int64_t channels, int64_t height, int64_t width, bool last)
+      : channels(channels), height(height), width(width), last(last),
+        stream(batch * channels * height * width >= STREAM_FLOATS) {}
+
+  // Copies rows y … end − 1 of `n` channels of a sample into borders `step` apart. `line` holds n rows of the image.
+  void read(const float *image, int64_t sample, int64_t channel, int64_t n, int64_t y, int64_t end, const Bordered &to,
+            int64_t step, float *copy, float *line) const {
+    if (!last) {
+      to.fill(image + (sample * channels + channel) * height * width, copy);
+      return;
+    }
+    for (; y < end; y++) {
+      const float *from = image + (sample * height + y) * width * channels + channel;
+      // The lines of later rows are far apart: no processor foresees them.
+      for (int64_t x = 0; y + 4 < height && x < width; x++) __builtin_prefetch(from + (4 * width + x) * channels);
+      if (to.phases_x == 1) {
+        transpose<false>(from, channels, copy + to.at(y, 0), step, width, n);
+        continue;
+      }
+      transpose<false>(from, channels, line, width, width, n);
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t x = 0; x < width; x++) copy[i * step + to.at(y, x)] = line[i * width + x];
+    }
+  }
+
+  // Where plane rows from y on go: the image itself, or a buffer that `write` transposes.
+  float *target(float *image, int64_t sample, int64_t channel, int64_t y, float *buffer) const {
+    return last ? buffer : image + ((sample * channels + channel) * height + y) * width;
+  }
+  void write(float *image, int64_t sample, int64_t channel, int64_t n, int64_t y, int64_t rows, const float *buffer) const {
+    if (!last) return;
+    float *to = image + (sample * height + y) * width * channels + channel;
+    if (stream && (uintptr_t)to % 16 == 0 && channels % 4 == 0)
+      transpose<true>(buffer, rows * width, to, channels, n, rows * width);
+    else
+      transpose<false>(buffer, rows * width, to, channels, n, rows * width);
+  }
+};
+
+constexpr int64_t PLANES_FLOATS = 80000;  // copies of planes that fit the second cache beside the rest
+constexpr int64_t BAND = 16;              // rows of output between two transpositions
+
+// Channels computed together: one plane, or a cache line of channels_last if their copies fit the second cache.
+inline int64_t together(const Shape &s, const Bordered &plane) {
+  int64_t n = s.last ? LINE : 1;
+  while (n > 4 && n * plane.floats() > PLANES_FLOATS) n /= 2;
+  return least(n, s.C);
+}
+
 inline int forward_depthwise(const Shape &s, const int32_t *shifts, const float *x, const float *w, float *y) {
   const Bordered plane = border(s, shifts);
+  const Planes in(s.B, s.C, s.H, s.W, s.last), out(s.B, s.C, s.U, s.V, s.last);
+  const int64_t width = together(s, plane), step = plane.floats(), band = s.last ? least(BAND, s.U) : s.U;
   bool failed = false;
-  parallel(s.C, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-    Scratch<float> copy(plane.floats()), live(s.T);
-    Scratch<int64_t> at(s.T);
-    if (!copy.data || !live.data || !at.data) {
+  const int64_t blocks = ceil_div(s.C, width);
+  parallel(blocks * s.B, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    Scratch<float> copy(width * step), live(width * s.T), line(width * s.W), buffer(s.last ? width * band * s.V : 0);
+    Scratch<int64_t> at(width * s.T);
+    int64_t count[LINE];
+    if (!copy.data || !live.data || !line.data || !buffer.data || !at.data) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
-    memset(copy.data, 0, (size_t)plane.floats() * sizeof(float));
-    for (int64_t c = begin; c < end; c++) {
-      int64_t n = 0;
-      for (int64_t t = 0; t < s.T; t++) {
-        const int32_t *d = shifts + 2 * (c * s.T + t);
-        if (!alive(s, d)) continue;
-        live.data[n] = w[c * s.T + t];
-        at.data[n++] = plane.at(d[0], d[1]);
+    memset(copy.data, 0, (size_t)(width * step) * sizeof(float));
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t b = task / blocks, c0 = task % blocks * width, n = least(width, s.C - c0);
+      for (int64_t i = 0; i < n; i++) {
+        count[i] = 0;
+        for (int64_t t = 0; t < s.T; t++) {
+          const int32_t *d = shifts + 2 * ((c0 + i) * s.T + t);
+          if (!alive(s, d)) continue;
+          live.data[i * s.T + count[i]] = w[(c0 + i) * s.T + t];
+          at.data[i * s.T + count[i]++] = plane.at(d[0], d[1]);
+        }
       }
-      for (int64_t b = 0; b < s.B; b++) {
-        plane.fill(x + (b * s.C + c) * s.HW, copy.data);
-        conv_plane(copy.data, plane.pitch, s.U, s.V, live.data, at.data, n, y + (b * s.C + c) * s.UV, s.V);
+      for (int64_t u = 0, read = 0; u < s.U; u += band) {
+        const int64_t rows = least(band, s.U - u), need = plane.needed(u + rows, s.U);
+        in.read(x, b, c0, n, read, need, plane, step, copy.data, line.data);
+        for (int64_t i = 0; i < n; i++) {
+          if (i + 1 < n) plane.prefetch(copy.data + (i + 1) * step, u, rows, s.U);
+          conv_plane(copy.data + i * step + u * plane.pitch, plane.pitch, rows, s.V, live.data + i * s.T,
+                     at.data + i * s.T, count[i], out.target(y, b, c0, u, buffer.data + i * rows * s.V), s.V);
+        }
+        out.write(y, b, c0, n, u, rows, buffer.data);
+        read = most(read, need);
       }
     }
+    stream_end();
   });
   return failed;
 }

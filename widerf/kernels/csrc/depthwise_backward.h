@@ -18,39 +18,56 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
     high_y = most(high_y, far_y - down(d[0], s.sy)), high_x = most(high_x, far_x - down(d[1], s.sx));
   }
   const Bordered plane = {-low_y, -low_x, high_y - low_y + 1, high_x - low_x + 1, 1, 1, s.U, s.V};
+  const Planes in(s.B, s.C, s.U, s.V, s.last), out(s.B, s.C, s.H, s.W, s.last);
+  const int64_t steps = s.sy * s.sx, width = together(s, plane), step = plane.floats();
+  const int64_t band = s.last && steps == 1 ? least(BAND, s.H) : s.H;  // rows of all phases go out together
   bool failed = false;
-  parallel(s.C, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-    const int64_t steps = s.sy * s.sx, wide = ceil_div(s.W, s.sx);
-    Scratch<float> copy(plane.floats()), live(s.T * steps), phase_of(steps > 1 ? ceil_div(s.H, s.sy) * wide : 0);
-    Scratch<int64_t> at(s.T * steps), count(steps);
-    if (!copy.data || !live.data || !at.data || !count.data || !phase_of.data) {
+  const int64_t blocks = ceil_div(s.C, width);
+  parallel(blocks * s.B, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    Scratch<float> copy(width * step), live(width * steps * s.T), line(width * s.V), phase_of(steps > 1 ? s.HW : 0);
+    Scratch<float> buffer(s.last ? width * band * s.W : 0);
+    Scratch<int64_t> at(width * steps * s.T), count(width * steps);
+    if (!copy.data || !live.data || !line.data || !at.data || !count.data || !phase_of.data || !buffer.data) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
-    memset(copy.data, 0, (size_t)plane.floats() * sizeof(float));
-    for (int64_t c = begin; c < end; c++) {
-      memset(count.data, 0, (size_t)steps * sizeof(int64_t));
-      for (int64_t t = 0; t < s.T; t++) {
-        const int32_t *d = shifts + 2 * (c * s.T + t);
-        if (!alive(s, d)) continue;
-        const int64_t y = down(d[0], s.sy), x = down(d[1], s.sx), phase = (d[0] - y * s.sy) * s.sx + d[1] - x * s.sx;
-        const int64_t n = phase * s.T + count.data[phase]++;
-        live.data[n] = w[c * s.T + t];
-        at.data[n] = plane.at(-y, -x);
-      }
-      for (int64_t b = 0; b < s.B; b++) {
-        float *image = gx + (b * s.C + c) * s.HW;
-        plane.fill(g + (b * s.C + c) * s.UV, copy.data);
-        for (int64_t phase = 0; phase < steps; phase++) {
-          const int64_t y0 = phase / s.sx, x0 = phase % s.sx;
-          const int64_t height = ceil_div(s.H - y0, s.sy), width = ceil_div(s.W - x0, s.sx);
-          if (height <= 0 || width <= 0) continue;
-          conv_plane(copy.data, plane.pitch, height, width, live.data + phase * s.T, at.data + phase * s.T,
-                     count.data[phase], steps > 1 ? phase_of.data : image, width);
-          for (int64_t i = 0; steps > 1 && i < height; i++)
-            for (int64_t j = 0; j < width; j++)
-              image[(y0 + i * s.sy) * s.W + x0 + j * s.sx] = phase_of.data[i * width + j];
+    memset(copy.data, 0, (size_t)(width * step) * sizeof(float));
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t b = task / blocks, c0 = task % blocks * width, n = least(width, s.C - c0);
+      memset(count.data, 0, (size_t)(n * steps) * sizeof(int64_t));
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t t = 0; t < s.T; t++) {
+          const int32_t *d = shifts + 2 * ((c0 + i) * s.T + t);
+          if (!alive(s, d)) continue;
+          const int64_t y = down(d[0], s.sy), x = down(d[1], s.sx);
+          const int64_t phase = i * steps + (d[0] - y * s.sy) * s.sx + d[1] - x * s.sx;
+          const int64_t k = phase * s.T + count.data[phase]++;
+          live.data[k] = w[(c0 + i) * s.T + t];
+          at.data[k] = plane.at(-y, -x);
         }
+      for (int64_t y = 0, read = 0; y < s.H; y += band) {
+        const int64_t rows = least(band, s.H - y), need = steps == 1 ? plane.needed(y + rows, s.H) : s.U;
+        in.read(g, b, c0, n, read, need, plane, step, copy.data, line.data);
+        for (int64_t i = 0; i < n; i++) {
+          if (i + 1 < n) plane.prefetch(copy.data + (i + 1) * step, y, rows, s.H);
+          for (int64_t phase = 0; phase < steps; phase++) {
+            const int64_t k = (i * steps + phase) * s.T, taps = count.data[i * steps + phase];
+            float *image = out.target(gx, b, c0, y, buffer.data + i * rows * s.W);
+            const float *from = copy.data + i * step + y * plane.pitch;
+            if (steps == 1) {
+              conv_plane(from, plane.pitch, rows, s.W, live.data + k, at.data + k, taps, image, s.W);
+              continue;
+            }
+            const int64_t y0 = phase / s.sx, x0 = phase % s.sx;
+            const int64_t high = ceil_div(s.H - y0, s.sy), wide = ceil_div(s.W - x0, s.sx);
+            if (high <= 0 || wide <= 0) continue;
+            conv_plane(from, plane.pitch, high, wide, live.data + k, at.data + k, taps, phase_of.data, wide);
+            for (int64_t v = 0; v < high; v++)
+              for (int64_t h = 0; h < wide; h++) image[(y0 + v * s.sy) * s.W + x0 + h * s.sx] = phase_of.data[v * wide + h];
+          }
+        }
+        read = most(read, need);
+        out.write(gx, b, c0, n, y, rows, buffer.data);
       }
     }
   });
@@ -98,36 +115,46 @@ const Products PRODUCTS[MOST_PRODUCTS] = {plane_products<1>, plane_products<2>, 
                                           plane_products<7>, plane_products<8>, plane_products<9>};
 
 inline int grad_weight_depthwise(const Shape &s, const int32_t *shifts, const float *x, const float *g, float *gw) {
-  const Bordered plane = border(s, shifts);
+  const Bordered plane = border(s, shifts), bare = {0, 0, s.U, s.V, 1, 1, s.U, s.V};
+  const Planes in(s.B, s.C, s.H, s.W, s.last), out(s.B, s.C, s.U, s.V, s.last);
+  const int64_t width = together(s, plane), step = plane.floats();
   bool failed = false;
-  parallel(s.C, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-    Scratch<float> copy(plane.floats()), sums(s.T * VW);
-    Scratch<int64_t> at(s.T), tap(s.T);
-    if (!copy.data || !sums.data || !at.data || !tap.data) {
+  parallel(ceil_div(s.C, width), s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t first = begin * width, channels = least(s.C, end * width) - first;  // of this thread
+    Scratch<float> copy(width * step), sums(channels * s.T * VW), line(width * s.W), gradient(s.last ? width * s.UV : 0);
+    Scratch<int64_t> at(channels * s.T), tap(channels * s.T), count(channels);
+    if (!copy.data || !sums.data || !line.data || !gradient.data || !at.data || !tap.data || !count.data) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
-    memset(copy.data, 0, (size_t)plane.floats() * sizeof(float));
-    for (int64_t c = begin; c < end; c++) {
-      int64_t n = 0;
+    memset(copy.data, 0, (size_t)(width * step) * sizeof(float));
+    memset(sums.data, 0, (size_t)(channels * s.T * VW) * sizeof(float));
+    for (int64_t c = 0; c < channels; c++) {
+      count.data[c] = 0;
       for (int64_t t = 0; t < s.T; t++) {
-        const int32_t *d = shifts + 2 * (c * s.T + t);
-        gw[c * s.T + t] = 0;
-        if (!alive(s, d)) continue;
-        tap.data[n] = t;
-        at.data[n++] = plane.at(d[0], d[1]);
+        const int64_t k = (first + c) * s.T + t;
+        gw[k] = 0;
+        if (!alive(s, shifts + 2 * k)) continue;
+        tap.data[c * s.T + count.data[c]] = k;
+        at.data[c * s.T + count.data[c]++] = plane.at(shifts[2 * k], shifts[2 * k + 1]);
       }
-      memset(sums.data, 0, (size_t)(s.T * VW) * sizeof(float));
-      const int64_t passes = ceil_div(n, MOST_PRODUCTS);
-      for (int64_t b = 0; b < s.B; b++) {
-        plane.fill(x + (b * s.C + c) * s.HW, copy.data);
-        for (int64_t i = 0; i < passes; i++) {
-          const int64_t j0 = i * n / passes, j1 = (i + 1) * n / passes;
-          PRODUCTS[j1 - j0 - 1](s, g + (b * s.C + c) * s.UV, copy.data, plane.pitch, at.data + j0, sums.data + j0 * VW);
+    }
+    for (int64_t b = 0; b < s.B; b++)  // as the samples lie in memory
+      for (int64_t c0 = 0; c0 < channels; c0 += width) {
+        const int64_t n = least(width, channels - c0);
+        in.read(x, b, first + c0, n, 0, s.H, plane, step, copy.data, line.data);
+        if (s.last) out.read(g, b, first + c0, n, 0, s.U, bare, s.UV, gradient.data, nullptr);
+        for (int64_t i = 0; i < n; i++) {
+          const float *from = s.last ? gradient.data + i * s.UV : g + (b * s.C + first + c0) * s.UV;
+          const int64_t taps = count.data[c0 + i], passes = ceil_div(taps, MOST_PRODUCTS);
+          for (int64_t j = 0; j < passes; j++) {
+            const int64_t j0 = j * taps / passes, j1 = (j + 1) * taps / passes, k = (c0 + i) * s.T + j0;
+            PRODUCTS[j1 - j0 - 1](s, from, copy.data + i * step, plane.pitch, at.data + k, sums.data + k * VW);
+          }
         }
       }
-      for (int64_t i = 0; i < n; i++) gw[c * s.T + tap.data[i]] = sum(load(sums.data + i * VW));
-    }
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t j = 0; j < count.data[c]; j++) gw[tap.data[c * s.T + j]] = sum(load(sums.data + (c * s.T + j) * VW));
   });
   return failed;
 }

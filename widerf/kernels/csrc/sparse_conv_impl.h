@@ -1,33 +1,35 @@
 // The three functions of the interface, for the vector width that the including file sets.
 #pragma once
-#include "channels_last.h"
 #include "depthwise_backward.h"
 #include "grad_input.h"
 #include "grad_weight.h"
 
 namespace {
 
-bool depthwise(const Shape &s) { return s.Cg == 1 && s.Og == 1; }
+constexpr int64_t SLAB_FLOATS = 1 << 18;  // of the larger image: what the last cache holds easily
+
+bool depthwise(const widerf_problem *p) { return p->groups == p->in_channels && p->groups == p->out_channels; }
 
 int forward_planes(const widerf_problem *p, const int32_t *shifts, const float *x, const float *w, float *y) {
   const Shape s(p);
-  return depthwise(s) ? forward_depthwise(s, shifts, x, w, y) : forward_dense(s, shifts, x, w, y);
+  return depthwise(p) ? forward_depthwise(s, shifts, x, w, y) : forward_dense(s, shifts, x, w, y);
 }
 
 int grad_input_planes(const widerf_problem *p, const int32_t *shifts, const float *g, const float *w, float *gx) {
   const Shape s(p);
-  return depthwise(s) ? grad_input_depthwise(s, shifts, g, w, gx) : grad_input_dense(s, shifts, g, w, gx);
+  return depthwise(p) ? grad_input_depthwise(s, shifts, g, w, gx) : grad_input_dense(s, shifts, g, w, gx);
 }
 
 int grad_weight_planes(const widerf_problem *p, const int32_t *shifts, const float *x, const float *g, float *gw) {
   const Shape s(p);
-  return depthwise(s) ? grad_weight_depthwise(s, shifts, x, g, gw) : grad_weight_dense(s, shifts, x, g, gw);
+  return depthwise(p) ? grad_weight_depthwise(s, shifts, x, g, gw) : grad_weight_dense(s, shifts, x, g, gw);
 }
 
 int64_t input_floats(const widerf_problem *p) { return p->in_channels * p->height * p->width; }
 int64_t output_floats(const widerf_problem *p) { return p->out_channels * p->out_height * p->out_width; }
 
-// Calls f(part, first sample, planes of x, planes of y) on a few samples at a time.
+// channels_last: a few samples at a time become planes, and the result is transposed back. Calls f(part, first sample,
+// planes of x, planes of y).
 template <class F>
 int by_slabs(const widerf_problem *p, const float *x, const float *y, const F &f) {
   const int64_t each = most(input_floats(p), output_floats(p)), threads = most(1, p->threads);
@@ -39,8 +41,8 @@ int by_slabs(const widerf_problem *p, const float *x, const float *y, const F &f
     part.batch = least(slab, p->batch - b0);
     part.channels_last = 0;
     const Shape s(&part);
-    if (x) transpose(x + b0 * input_floats(p), a.data, part.batch, s.HW, s.C, s.threads);
-    if (y) transpose(y + b0 * output_floats(p), b.data, part.batch, s.UV, s.O, s.threads);
+    if (x) to_planes(x + b0 * input_floats(p), a.data, part.batch, s.HW, s.C, s.threads);
+    if (y) to_planes(y + b0 * output_floats(p), b.data, part.batch, s.UV, s.O, s.threads);
     if (f(part, b0, a.data, b.data)) return 1;
   }
   return 0;
@@ -65,11 +67,11 @@ void zero(float *to, int64_t floats) {
 
 WIDERF_EXPORT int widerf_forward(const widerf_problem *p, const int32_t *shifts, const float *x, const float *w, float *y) {
   if (empty(p)) return zero(y, p->batch * output_floats(p)), 0;
-  if (!p->channels_last) return forward_planes(p, shifts, x, w, y);
+  if (!p->channels_last || depthwise(p)) return forward_planes(p, shifts, x, w, y);
   return by_slabs(p, x, nullptr, [&](const widerf_problem &part, int64_t b, float *in, float *out) {
     if (forward_planes(&part, shifts, in, w, out)) return 1;
     const Shape s(&part);
-    transpose(out, y + b * output_floats(p), part.batch, s.O, s.UV, s.threads);
+    from_planes(out, y + b * output_floats(p), part.batch, s.UV, s.O, s.threads);
     return 0;
   });
 }
@@ -77,11 +79,11 @@ WIDERF_EXPORT int widerf_forward(const widerf_problem *p, const int32_t *shifts,
 WIDERF_EXPORT int widerf_grad_input(const widerf_problem *p, const int32_t *shifts, const float *grad_y, const float *w,
                                     float *grad_x) {
   if (empty(p)) return zero(grad_x, p->batch * input_floats(p)), 0;
-  if (!p->channels_last) return grad_input_planes(p, shifts, grad_y, w, grad_x);
+  if (!p->channels_last || depthwise(p)) return grad_input_planes(p, shifts, grad_y, w, grad_x);
   return by_slabs(p, nullptr, grad_y, [&](const widerf_problem &part, int64_t b, float *in, float *out) {
     if (grad_input_planes(&part, shifts, out, w, in)) return 1;
     const Shape s(&part);
-    transpose(in, grad_x + b * input_floats(p), part.batch, s.C, s.HW, s.threads);
+    from_planes(in, grad_x + b * input_floats(p), part.batch, s.HW, s.C, s.threads);
     return 0;
   });
 }
@@ -90,7 +92,7 @@ WIDERF_EXPORT int widerf_grad_weight(const widerf_problem *p, const int32_t *shi
                                      float *grad_w) {
   const int64_t weights = p->groups > 0 ? p->out_channels * (p->in_channels / p->groups) * p->taps : 0;
   if (empty(p)) return zero(grad_w, weights), 0;
-  if (!p->channels_last) return grad_weight_planes(p, shifts, x, grad_y, grad_w);
+  if (!p->channels_last || depthwise(p)) return grad_weight_planes(p, shifts, x, grad_y, grad_w);
   Scratch<float> part_w(weights);
   if (!part_w.data) return 1;
   zero(grad_w, weights);

@@ -9,10 +9,11 @@ struct Shape {
   int64_t B, C, O, G, H, W, U, V, T, sy, sx;  // U, V: output size
   int64_t Cg, Og, K, HW, UV;                  // per group; K = rows of the matrix of columns
   int64_t threads;
+  bool last;  // channels_last
   explicit Shape(const widerf_problem *p)
       : B(p->batch), C(p->in_channels), O(p->out_channels), G(p->groups), H(p->height), W(p->width), U(p->out_height),
         V(p->out_width), T(p->taps), sy(p->stride_y), sx(p->stride_x), Cg(C / G), Og(O / G), K(Cg * T), HW(H * W),
-        UV(U * V), threads(1) {
+        UV(U * V), threads(1), last(p->channels_last != 0) {
     threads = useful_threads((double)B * (double)O * (double)UV * (double)K, p->threads);
   }
 };
