@@ -1,0 +1,106 @@
+"""Numbers of the Triton kernels on CPU tensors: for a process of its own, which interprets the kernels, see `begin`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.reference import scattered_convolution
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and its input; ``rows[c]`` numbers the pattern of input channel c."""
+
+    rows: tuple[int, ...]
+    outs: int
+    groups: int = 1
+    kernel: tuple[int, int] = (3, 3)
+    batch: int = 2
+    size: tuple[int, int] = (7, 6)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    reach: int = 3
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    settings: tuple[tuple[str, Any], ...] = ()  # names of `widerf.kernels.cuda` for this case
+    seed: int = 0
+
+
+def begin() -> None:
+    """Triton reads this when it is imported: not to be called where other tests run."""
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def arranged(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers in memory of another order."""
+    if layout == "channels_last":
+        return tensor.to(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = torch.full([n + 2 for n in tensor.shape], torch.nan, dtype=tensor.dtype)
+        inner = wide[tuple(slice(1, -1) for _ in tensor.shape)]
+        return inner.copy_(tensor)
+    if layout == "transposed":
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    return tensor
+
+
+def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x, weight, offsets (in, taps, 2) of distinct taps from the centre, and the shifts that they amount to."""
+    draw = torch.Generator().manual_seed(case.seed)
+    side, taps = 2 * case.reach + 1, case.kernel[0] * case.kernel[1]
+    cells = [torch.randperm(side**2, generator=draw)[:taps] for _ in range(max(case.rows) + 1)]
+    patterns = torch.stack([torch.stack([c // side, c % side], -1) - case.reach for c in cells])
+    offsets = patterns[list(case.rows)]
+    centre = torch.tensor([(k - 1) // 2 for k in case.kernel])
+    if case.size[0] == 1:  # a signal as an image of one row
+        offsets = offsets.clone()
+        offsets[..., 0] = 0
+        offsets[..., 1] = torch.arange(taps) * 2 - taps + torch.tensor(case.rows)[:, None]
+    shifts = torch.tensor(case.dilation) * (offsets + centre) - torch.tensor(case.padding)
+    dtype = DTYPES[case.dtype]
+    x = torch.randn(case.batch, len(case.rows), *case.size, generator=draw).to(dtype)
+    weight = torch.randn(case.outs, len(case.rows) // case.groups, *case.kernel, generator=draw).to(dtype)
+    return x, weight, offsets, shifts
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Return the greatest error of each of the three maps over the greatest number, against float64 `F.conv2d`."""
+    from widerf.kernels import cuda
+
+    x, weight, offsets, shifts = problem(case)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    options = (case.stride, case.padding, case.dilation, case.groups)
+    exact_y = scattered_convolution(exact_x, exact_weight, None, offsets, *options)
+    grad = torch.randn(exact_y.shape, generator=torch.Generator().manual_seed(case.seed + 1)).to(x.dtype)
+    exact = (exact_y, *torch.autograd.grad(exact_y, (exact_x, exact_weight), grad.double()))
+    x, grad = arranged(x, case.layout), arranged(grad, case.layout)
+    before = {name: getattr(cuda, name) for name, _ in case.settings}
+    vars(cuda).update(case.settings)
+    try:
+        assert cuda.unsupported(x, weight) is None
+        common = (shifts, case.stride, case.groups)
+        maps = {
+            "forward": lambda: cuda.forward(x, weight, *common, exact_y.shape[2:]),
+            "grad_input": lambda: cuda.grad_input(grad, weight, *common, x.shape[2:]),
+            "grad_weight": lambda: cuda.grad_weight(x, grad, *common).reshape(weight.shape),
+        }
+        found = {}
+        for (name, compute), wanted in zip(maps.items(), exact, strict=True):
+            value = compute()
+            assert value.dtype == x.dtype and value.shape == wanted.shape, (name, value.dtype, value.shape)
+            if name != "grad_weight" and min(value.shape[1:]) > 1 and value.numel():
+                last = value.is_contiguous(memory_format=torch.channels_last)
+                assert last == (case.layout == "channels_last"), (name, value.stride())
+            difference = (value.double() - wanted.detach()).abs()
+            found[name] = float(difference.max() / wanted.detach().abs().max()) if difference.numel() else 0.0
+        return found
+    finally:
+        vars(cuda).update(before)
