@@ -34,6 +34,10 @@ def predict(
     weights without non-linearities this is the convolution of the layers' tap profiles (Luo et al. 2016, eq. 8). The
     model is taken in the mode in which it is, with one image in the batch, and comes back bit-identical.
 
+    The activations are those of one image: where layer norms make a unit's ERF differ between images, as in ConvNeXt
+    (std by 4 %), so does the prediction. Attention and group norms are treated less well than convolutions, see
+    :mod:`widerf.energy`.
+
     Args:
         model: any module that maps ``(batch, *input_size)`` to anything.
         input_size: ``(channels, *spatial)``, spatial rank 1 to 3.

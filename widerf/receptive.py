@@ -23,7 +23,8 @@ class ReceptiveField:
         layer: name of the module whose output the units are.
         size: pixels from the first to the last that the unit sees, also beyond the border where padding stands in for
             the image. Where units see differently (windows, interpolation), that of the centre unit.
-        jump: input pixels between two neighbouring units.
+        jump: input pixels between two neighbouring units; on an irregular map what the strides say, or, where that is
+            far from it, the size of a cell if the units' cells tile the image.
         regular: whether all units see boxes of one size, one jump apart.
         global_paths: modules through which a unit sees the whole image besides (squeeze-excite, attention, global
             pooling, statistics of a group or instance norm); ``size`` is that of the local paths.
@@ -117,8 +118,9 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
         reach = torch.where(blind, whole.view(-1, *(1 for _ in sizes)), reach)
     first, last = reach[:rank].double(), -reach[rank:].double()
     jump, regular = _jump(first, last, reading.result.jump)
-    if bool(blind.all()):  # all see the same: the units' cells tell how far apart they are
-        jump, regular = tuple(n / m for n, m in zip(sizes, first.shape[1:], strict=True)), False
+    if not regular:  # units differ or all see the same: their cells tell how far apart they are
+        cells = tuple(n / m for n, m in zip(sizes, first.shape[1:], strict=True))
+        jump = tuple(j if 2 / 3 < j / cell < 3 / 2 else cell for j, cell in zip(jump, cells, strict=True))
     centre = tuple(n // 2 for n in first.shape[1:])
     place: tuple[Any, ...] = (slice(None), *centre)
     box = (last - first)[place]
