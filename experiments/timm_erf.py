@@ -106,6 +106,7 @@ def summarise(rows: list[dict[str, str]]) -> str:
         f" {sum(not r['predict_says'] for r in rows)} of all {len(rows)}.",
         f"- `receptive_field` follows {len(traced)} of {len(rows)}.",
         f"- Where both give a std, predicted / measured is {_quantiles(both)} (10 %, median, 90 %; n = {len(both)}).",
+        *_remarks(rows, both),
         "",
         "| module | model | map | measured std, px | predicted std, px | theoretical field | says |",
         "|---|---|---|---|---|---|---|",
@@ -117,6 +118,27 @@ def summarise(rows: list[dict[str, str]]) -> str:
         cells = (r["module"], r["model"], r["map"] or "–", std, r["predicted_std"] or "–", field or "–", says)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _remarks(rows: list[dict[str, str]], both: list[dict[str, str]]) -> list[str]:
+    """The rows that are off by more than the draws explain, and the modules that were not run."""
+    off = []
+    for row in both:
+        ratio, error = float(row["predicted_std"]) / float(row["measured_std"]), float(row["standard_error"])
+        # One prediction is that of one image, which scatters like a single draw.
+        scatter = error * SAMPLES**0.5 / float(row["measured_std"])
+        if abs(ratio - 1) > max(0.1, 2 * scatter):
+            off.append(f"{row['model']} {ratio:.2f}" + (f" ({row['attention']})" if row["attention"] else ""))
+    missing = sorted({small.module for small in read()} - {row["module"] for row in rows})
+    lines = [f"- Off by more than 10 % and by more than twice the scatter of one draw: {', '.join(off) or 'none'}."]
+    if off:
+        lines += [
+            "  Not treated are what attention and group norms make common to all positions, and correlations in branches",
+            "  without weights (PoolFormer's pool(x) − x, the quotient of linear attention): see `widerf.energy`.",
+        ]
+    if missing:
+        lines += [f"- Not run yet: {', '.join(missing)}."]
+    return lines
 
 
 def _quantiles(rows: list[dict[str, str]]) -> str:
