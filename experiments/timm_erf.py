@@ -133,8 +133,8 @@ def _remarks(rows: list[dict[str, str]], both: list[dict[str, str]]) -> list[str
     lines = [f"- Off by more than 10 % and by more than twice the scatter of one draw: {', '.join(off) or 'none'}."]
     if off:
         lines += [
-            "  Not treated are what attention and group norms make common to all positions, and correlations in branches",
-            "  without weights (PoolFormer's pool(x) − x, the quotient of linear attention): see `widerf.energy`.",
+            "  Not treated are what attention and group norms make common to all positions, and correlations in",
+            "  branches without weights (PoolFormer's pool(x) − x, the quotient of linear attention): see `widerf.energy`.",
         ]
     if missing:
         lines += [f"- Not run yet: {', '.join(missing)}."]
