@@ -134,7 +134,8 @@ def _remarks(rows: list[dict[str, str]], both: list[dict[str, str]]) -> list[str
     if off:
         lines += [
             "  Not treated are what attention and group norms make common to all positions, and correlations in",
-            "  branches without weights (PoolFormer's pool(x) − x, the quotient of linear attention): see `widerf.energy`.",
+            "  branches without weights (PoolFormer's pool(x) − x, the quotient of linear attention); see",
+            "  `widerf.energy`.",
         ]
     if missing:
         lines += [f"- Not run yet: {', '.join(missing)}."]

@@ -102,6 +102,31 @@ def test_the_last_call_of_a_shared_module_counts() -> None:
     assert spatial_layer(model, (3, 16, 16), "3") == site
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_tensors_without_content_show_the_same_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model(name)
+    quick = spatial_layer(model, (3, 96, 96) if name != "test_vit" else (3, 160, 160))
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no pass without content")
+
+    monkeypatch.setattr("widerf.layers.functional_call", refuse)
+    assert spatial_layer(model, (3, 96, 96) if name != "test_vit" else (3, 160, 160)) == quick
+
+
+def test_a_model_that_looks_at_values_gets_a_full_pass() -> None:
+    class Chooser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.small(x) if float(x.sum()) == 0 else self.large(x)
+
+    site = spatial_layer(Chooser(), (1, 9, 9))
+    assert (site.name, site.shape) == ("small", (1, 7, 7))
+
+
 def test_a_pass_for_looking_leaves_no_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = fingerprint(model)
