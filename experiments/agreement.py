@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import widerf
+from widerf.layers import check_unit, spatial_layer
+from widerf.prediction import expected_energy
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 ROADS = ("measured", "predicted")
@@ -40,8 +43,9 @@ Made by `python -m experiments.agreement --road measured`, then `--road predicte
 - *Measured*: `measure(redraw=...)`, each draw with new weights from the model's own initialisation, a new N(0, 1) image
   and random signs over the unit's channels; std of the energy map in input pixels with its 95 % interval.
 - *Predicted*: `predict` on weights that the measurement never saw. One run takes one set of weights as it is: the
-  figure for the first set, then mean ± standard deviation over {WEIGHT_DRAWS} sets, since weights themselves scatter
-  and so do images, of which one run takes one: the second table tells how much of that the ERF itself does.
+  figure for the first set, then that of the mean energy map of {WEIGHT_DRAWS} sets with its standard error (jackknife):
+  the ERF itself differs between weights and between images, of which one run takes one, see the second table.
+  Like the measured mean over redraws, that mean lets sets with large gradients count for more.
 - *Map correlation* over all pixels, of the first set's map and of the mean of the sets' maps with the measured map; in
   brackets the most that the latter could be: both are means of maps that scatter, and the true map's own correlation
   with each mean follows from its scatter (the product of the two is given; the measured one alone is above 0.99 at
@@ -200,26 +204,32 @@ def predicted(case: Case, cache: Path) -> dict[str, Any]:
     if not truth_file.exists():
         return {}
     truth = widerf.ERF.load(truth_file)
-    stds, correlations, seconds, maps = [], [], [], []
-    for seed in range(WEIGHT_DRAWS):
-        model = built(case, 1000 + seed)
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=UserWarning)
-            erf = widerf.predict(model, case.input_size)
-        seconds.append(time.perf_counter() - start)
-        stds.append(erf.std)
-        correlations.append(correlation(erf.map, truth.map))
-        maps.append(erf.map)
-    stack = torch.stack(maps)
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        widerf.predict(built(case, 1000), case.input_size)
+    seconds = time.perf_counter() - start
+    pairs = [energy(built(case, 1000 + seed), case) for seed in range(WEIGHT_DRAWS)]
+    erfs = [widerf.ERF.from_energy(found, center=truth.center, clipped=0.0) for found, _ in pairs]
+    weights = torch.tensor([log for _, log in pairs]).softmax(0) * len(pairs)
+    stack = torch.stack([erf.map for erf in erfs]) * weights.view(-1, 1, 1)
     mean = widerf.ERF.from_energy(
-        stack.mean(0), center=truth.center, trf_size=truth.trf_size, jump=truth.jump, warn=False
+        stack.mean(0), center=truth.center, clipped=0.0, blocks=stack, block_samples=[1] * len(stack)
     )
     return {
-        "against": truth.samples, "stds": stds, "correlations": correlations, "std_of_mean": mean.std,
+        "against": truth.samples, "stds": [erf.std for erf in erfs], "weights": weights.tolist(),
+        "correlations": [correlation(erf.map, truth.map) for erf in erfs],
+        "std_of_mean": mean.std, "se_of_mean": mean.standard_error("std"),
         "correlation_of_mean": correlation(mean.map, truth.map), "ceiling": ceiling(stack, torch.ones(len(stack))),
-        "seconds": sorted(seconds)[len(seconds) // 2],
+        "seconds": seconds,
     }  # fmt: skip
+
+
+def energy(model: nn.Module, case: Case) -> tuple[Tensor, float]:
+    """Predicted energy map of the centre unit, and the logarithm of its sum on its true scale."""
+    site = spatial_layer(model, case.input_size)
+    _, found, log_scale = expected_energy(model, case.input_size, site, check_unit(None, site.spatial_shape))
+    return found, math.log(float(found.sum())) + log_scale
 
 
 def same(case: Case, cache: Path) -> dict[str, Any]:
@@ -256,7 +266,9 @@ def done(case: Case, road: str, rows: dict[tuple[str, str], dict[str, Any]]) -> 
     row = rows.get((case.name, road), {})
     if road == "same":
         return row.get("signs") == SIGNS
-    return "ceiling" in row and row.get("draws" if road == "measured" else "against") == case.draws
+    return ("ceiling" if road == "measured" else "se_of_mean") in row and row.get(
+        "draws" if road == "measured" else "against"
+    ) == case.draws
 
 
 def load(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -271,15 +283,14 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The table as Markdown."""
     lines = [
         "| case | measured std (95 % interval), draws | predicted std, first weights | off | mean of "
-        f"{WEIGHT_DRAWS} weights ± sd | off | map correlation, first / mean (at most) | seconds |",
+        f"{WEIGHT_DRAWS} weights ± standard error | off | map correlation, first / mean (at most) | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases():
         truth, guess = rows.get((case.name, "measured")), rows.get((case.name, "predicted"))
         if truth is None or guess is None or not all(done(case, road, rows) for road in ROADS):
             continue
-        first, mean = guess["stds"][0], sum(guess["stds"]) / len(guess["stds"])
-        spread = float(torch.tensor(guess["stds"]).std())
+        first, mean, spread = guess["stds"][0], guess["std_of_mean"], guess["se_of_mean"]
         lines.append(
             f"| {case.name}, {case.size}² | {truth['std']:.2f} ({truth['low']:.2f} – {truth['high']:.2f}), "
             f"{truth['draws']} | {first:.2f} | {first / truth['std'] - 1:+.1%} | {mean:.2f} ± {spread:.2f} | "

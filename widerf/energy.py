@@ -18,6 +18,7 @@ of linear attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -47,9 +48,16 @@ def backpropagate(tape: Tape, energy: Tensor) -> Tensor:
     return _Pass(tape).run(energy)
 
 
+def backpropagate_scaled(tape: Tape, energy: Tensor) -> tuple[Tensor, float]:
+    """Like :func:`backpropagate`, with the logarithm of the factor that brings the result to its true scale."""
+    backward = _Pass(tape)
+    return backward.run(energy), backward.log_scale
+
+
 class _Pass:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
+        self.log_scale = 0.0
         self.steps = tape.needed()
         self.producer = {out: step for step in self.steps for out in step.outputs if out is not None}
         joints = {tape.target}
@@ -74,7 +82,7 @@ class _Pass:
             ):
                 flows[value] = flows[value].joined(part) if value in flows else part
             if kind in ("convolution", "matmul", "normalisation"):
-                _rescale(flows, step.inputs.values())
+                self.log_scale += math.log(_rescale(flows, step.inputs.values()))
         return flows[0].total() if 0 in flows else torch.zeros_like(self.tape.values[0])
 
     def _rule(self, step: Step, kind: Kind, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
@@ -142,11 +150,14 @@ def _is_plain_sum(step: Step) -> bool:
     return step.name == "add" and not scaled and len(set(values)) == len(values)
 
 
-def _rescale(flows: dict[int, Flow], changed: Iterable[int]) -> None:
+def _rescale(flows: dict[int, Flow], changed: Iterable[int]) -> float:
+    """Bring all energies back to 1 where they leave the range; return what they were divided by."""
     largest = max((float(flows[value].energy.detach().max()) for value in changed if value in flows), default=1.0)
-    if largest > 0 and not _SMALL < largest < _LARGE:
-        for value, flow in flows.items():
-            flows[value] = flow.scaled(1 / largest)
+    if not largest > 0 or _SMALL < largest < _LARGE:
+        return 1.0
+    for value, flow in flows.items():
+        flows[value] = flow.scaled(1 / largest)
+    return largest
 
 
 # ── rules: (step, arguments, tracked inputs, energies of the outputs) → (position of a tracked leaf, its energy) ──

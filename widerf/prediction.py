@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
-from widerf.energy import backpropagate
+from widerf.energy import backpropagate_scaled
 from widerf.erf import ERF
-from widerf.layers import check_input_size, check_unit, probe_input, spatial_layer
+from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
 from widerf.receptive import from_tape
 from widerf.sandbox import untouched
-from widerf.trace import record
+from widerf.trace import Tape, record
 
 _SEED = 0
 
@@ -67,13 +67,7 @@ def predict(
     input_size = check_input_size(input_size)
     site = spatial_layer(model, input_size, layer)
     index = check_unit(unit, site.spatial_shape)
-    with untouched(model), torch.no_grad():
-        tape = record(model, _image(model, input_size), site)
-        seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
-        place: tuple[Any, ...] = (slice(None), slice(None), *index)
-        seed[place] = 1
-        energy = backpropagate(tape, seed).double().sum(1).mean(0)
-    require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
+    tape, energy, _ = expected_energy(model, input_size, site, index)
     field = from_tape(tape, site.name)
     first, last = field.interval(index)
     return ERF.from_energy(
@@ -82,6 +76,21 @@ def predict(
         trf_size=None if field.global_paths else tuple(b - a + 1 for a, b in zip(first, last, strict=True)),
         jump=field.jump,
     )
+
+
+def expected_energy(
+    model: nn.Module, input_size: tuple[int, ...], site: MapSite, unit: tuple[int, ...]
+) -> tuple[Tape, Tensor, float]:
+    """Recording of the pass, energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
+    with untouched(model), torch.no_grad():
+        tape = record(model, _image(model, input_size), site)
+        seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
+        place: tuple[Any, ...] = (slice(None), slice(None), *unit)
+        seed[place] = 1
+        energy, log_scale = backpropagate_scaled(tape, seed)
+    energy = energy.double().sum(1).mean(0)
+    require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
+    return tape, energy, log_scale
 
 
 def _image(model: nn.Module, input_size: tuple[int, ...]) -> Tensor:
