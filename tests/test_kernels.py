@@ -14,7 +14,7 @@ from torch import Tensor
 
 import widerf
 from tests.reference import scattered_convolution
-from widerf import SparseConv1d, SparseConv2d, SparseConv3d, kernels
+from widerf import SparseConv1d, SparseConv2d, SparseConv3d, columns, kernels
 from widerf.kernels import cpu
 from widerf.layout import read_plan
 
@@ -118,6 +118,24 @@ def test_exporters_see_stock_operators_only(strict: bool) -> None:
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert targets
     assert not [target for target in targets if "widerf" in target]
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "partition", "random"])
+@pytest.mark.parametrize(("rank", "groups"), [(1, 1), (2, 1), (2, 2), (2, 4), (3, 1), (3, 4)])
+def test_what_exporters_get_is_the_same_convolution(rank: int, groups: int, pattern: str) -> None:
+    kind: Any = {1: SparseConv1d, 2: SparseConv2d, 3: SparseConv3d}[rank]
+    layer = kind(
+        4, 8, (2, 3, 2)[:rank], (1, 2, 3)[:rank], 1, (2, 1, 1)[:rank], groups, extent=5, pattern=pattern, seed=0
+    )
+    layer = layer.double()
+    plan, x = layer._layout()[0].whole, torch.randn(2, 4, *[7, 6, 5][:rank], dtype=torch.float64, requires_grad=True)
+    size = layer(x).shape[2:]
+    results = []
+    for function in (columns.exportable, columns.plain):
+        y = function(x, layer.weight, plan, size)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_counters_of_operations_count_the_multiplications() -> None:

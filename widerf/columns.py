@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widerf.layout import Plan, slices
+from widerf.layout import Plan, read_plan, slices
 
 BLOCK_BYTES = 2**23  # columns built at a time on the CPU: about what the last cache holds
 ARENA_BYTES = 2**24
@@ -44,7 +44,7 @@ def pad(x: Tensor, plan: Plan) -> Tensor:
 
 
 def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
-    """Convolve by columns through ordinary differentiable operators: for compilers, exporters and transforms.
+    """Convolve by columns through ordinary differentiable operators: for tracers and transforms.
 
     Args:
         x: image, (batch, channels, *spatial).
@@ -60,8 +60,49 @@ def plain(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     for run in plan.runs:
         part = parts[:, :, run.start : run.stop]
         columns.append(torch.stack([part[slices(plan, size, shift)] for shift in run.shifts], dim=3))
-    every = torch.cat(columns, dim=2)  # (batch, repeats, channels/repeats, taps, *size)
-    flat = every.reshape(x.shape[0], -1, math.prod(size))
+    return _weigh(torch.cat(columns, dim=2), weight, plan, size)  # (batch, repeats, channels/repeats, taps, *size)
+
+
+def _by_place(text: str) -> tuple[Any, ...]:
+    """Sort the taps of all channels by where they read along the last axis.
+
+    Returns:
+        (place, number of taps) for each place; of the taps in this order the channel, then the shift along each of the
+        other axes; and where in this order the taps are in that of the channels.
+    """
+    taps = [(s[-1], channel, *s[:-1]) for channel, shifts in enumerate(read_plan(text).shifts) for s in shifts]
+    order = sorted(range(len(taps)), key=taps.__getitem__)
+    place, *lines = zip(*(taps[i] for i in order), strict=True)
+    counts = tuple((p, place.count(p)) for p in dict.fromkeys(place))
+    return counts, tuple(lines), tuple(sorted(range(len(taps)), key=order.__getitem__))
+
+
+_by_place._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler takes the answer as it is
+
+
+def exportable(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
+    """Convolve as `plain` does by fewer operators, for exporters: `plain` has several for each tap of each pattern.
+
+    Lines of the image that are read at the same place along the last axis are gathered at once.
+    """
+    counts, (channel, *shifts), back = _by_place(plan.text)
+    wide, index = pad(x, plan), torch.tensor(channel, device=x.device)
+    for axis, shift in enumerate(shifts):
+        start = torch.tensor(shift, device=x.device) + plan.before[axis]
+        line = index * wide.shape[2 + axis] + start.view(-1, *(1,) * axis)
+        index = line.unsqueeze(-1) + plan.stride[axis] * torch.arange(size[axis], device=x.device)
+    lines = wide.flatten(1, -2) if shifts else wide
+    columns, done = [], 0
+    for place, count in counts:
+        at = slices(plan, size, (*(0,) * len(shifts), place))[-1]
+        columns.append(lines[..., at].index_select(1, index[done : done + count].flatten()))
+        done += count
+    every = torch.cat(columns, dim=1).reshape(x.shape[0], done, math.prod(size))
+    return _weigh(every.index_select(1, torch.tensor(back, device=x.device)), weight, plan, size)
+
+
+def _weigh(columns: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
+    flat = columns.reshape(columns.shape[0], -1, math.prod(size))
     out = F.conv1d(flat, weight.reshape(weight.shape[0], -1, 1), groups=plan.groups)
     return torch.unflatten(out, 2, tuple(size))
 
@@ -148,10 +189,11 @@ def _product(w: Tensor, columns: Tensor, out: Tensor) -> None:
 def forward(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     """Return y, (batch, out, *size)."""
     w = weight.reshape(plan.groups, weight.shape[0] // plan.groups, -1)
-    out = x.new_empty(x.shape[0], weight.shape[0], math.prod(size))
+    y = x.new_empty(x.shape[0], weight.shape[0], *size)
+    flat = y.flatten(2)
     for samples, block in _blocks(plan, x.shape, size, x):
-        _product(w, _fill(block, x[samples]), out[samples])
-    return out.view(*out.shape[:2], *size)
+        _product(w, _fill(block, x[samples]), flat[samples])
+    return y
 
 
 def grad_input(grad: Tensor, weight: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:

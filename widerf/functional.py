@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widerf import kernels
 from widerf._checks import require, require_known
-from widerf.columns import pad
 from widerf.geometry import ntuple
-from widerf.kernels.op import memory_format, sparse_conv, watched
-from widerf.layout import Layout, Plan, Taps, make_layout, slices
+from widerf.kernels.op import convolve, memory_format
+from widerf.layout import Layout, Taps, make_layout
 
 Size = int | Sequence[int]
 
@@ -142,32 +140,6 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _convolve_piece(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int]) -> Tensor:
-    if plan.spacing is not None:
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
-        first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]
-        part = pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]
-        return convolution(part, weight, bias, plan.stride, 0, plan.spacing, plan.groups)
-    y = sparse_conv(x, weight, plan, size)
-    return y if bias is None else y + bias.view(-1, *(1,) * len(size))
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, size: Sequence[int]) -> Tensor:
-    """Convolve ``x`` (batch, channels, *spatial), zero outside; returns (batch, out, *size)."""
-    pieces = layout.pieces
-    if len(pieces) == 1:
-        return _convolve_piece(x, weight, bias, pieces[0], size)
-    if kernels.compiled(x.device, x.dtype, len(size)) and not watched(x, weight):
-        return _convolve_piece(x, weight, bias, layout.whole, size)
-    widths = [plan.channels for plan in pieces]
-    parts = list(zip(torch.split(x, widths, 1), torch.split(weight, widths, 1), pieces, strict=True))
-    parts.sort(key=lambda part: part[2].spacing is None)  # the native convolution adds the bias for nothing
-    total = _convolve_piece(*parts[0][:2], bias, parts[0][2], size)
-    for part, w, plan in parts[1:]:
-        total = total + _convolve_piece(part, w, None, plan, size)
-    return total
-
-
 def apply_layout(
     x: Tensor,
     weight: Tensor,
@@ -185,7 +157,7 @@ def apply_layout(
         bias = None if bias is None else _autocast(bias)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
     size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, dilation)
-    y = _convolve(batched, weight, bias, layout, size)
+    y = convolve(batched, weight, bias, layout, size)
     if not torch.compiler.is_compiling():
         y = y.contiguous(memory_format=memory_format(batched))
     return y if x.dim() == rank + 2 else y.squeeze(0)

@@ -11,13 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from widerf import columns, kernels
 from widerf.kernels import cpu
-from widerf.layout import Plan, read_plan
+from widerf.layout import Layout, Plan, read_plan, slices
 
 _library: Any = torch.library.Library("widerf", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (
@@ -53,13 +54,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return wanted
 
 
-def sparse_conv(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
-    """Convolve ``x`` (batch, channels, *spatial); returns (batch, out, *size)."""
-    if watched(x, weight):
-        return columns.plain(x, weight, plan, size)
-    return _convolve(x, weight, plan.text, size)  # type: ignore[no-any-return]
-
-
 @lru_cache(maxsize=512)
 def _table(plan: str) -> Tensor:
     """Return the shifts as the CUDA kernels take them: (channels, taps, 2), one row for a signal."""
@@ -79,7 +73,8 @@ def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequen
     last = memory_format(first) == torch.channels_last
     size = (1, *(shape if name == "forward" else shape[2:]))[-2:]
     result: Tensor = getattr(cuda, name)(first, second, *common, size, last)
-    return result.squeeze(2) if flat else result
+    # No view: autograd would not let the bias be added to it in place.
+    return torch.ops.aten._unsafe_view(result, [*result.shape[:2], *result.shape[3:]]) if flat else result
 
 
 def _compute(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
@@ -133,7 +128,7 @@ def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-_convolve: Any = _define(
+_forward: Any = _define(
     "sparse_conv",
     "Tensor input, Tensor weight, str plan, SymInt[] size",
     "forward",
@@ -150,7 +145,7 @@ _grad_input: Any = _define(
     "grad_input",
     lambda grad, weight, plan, shape: _shaped(grad, shape),
     lambda plan, grad, weight, up: (
-        lambda: _convolve(up, weight, plan, grad.shape[2:]),
+        lambda: _forward(up, weight, plan, grad.shape[2:]),
         lambda: _grad_weight(up, grad, plan, weight.shape),
     ),
     columns.plain_grad_input,
@@ -162,7 +157,40 @@ _grad_weight: Any = _define(
     lambda x, grad, plan, shape: x.new_empty(shape),
     lambda plan, x, grad, up: (
         lambda: _grad_input(grad, up, plan, x.shape),
-        lambda: _convolve(x, up, plan, grad.shape[2:]),
+        lambda: _forward(x, up, plan, grad.shape[2:]),
     ),
     columns.plain_grad_weight,
 )
+
+
+def _convolve_piece(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int], closed: bool
+) -> Tensor:
+    if plan.spacing is not None:
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+        first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]
+        part = columns.pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]
+        return convolution(part, weight, bias, plan.stride, 0, plan.spacing, plan.groups)
+    if closed:
+        y: Tensor = _forward(x, weight, plan.text, size)
+        return y if bias is None else y.add_(bias.view(-1, *(1,) * len(size)))
+    stock = columns.exportable if torch.compiler.is_compiling() else columns.plain
+    y = stock(x, weight, plan, size)
+    return y if bias is None else y + bias.view(-1, *(1,) * len(size))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, size: Sequence[int]) -> Tensor:
+    """Convolve ``x`` (batch, channels, *spatial), zero outside; returns (batch, out, *size)."""
+    closed = not watched(x, weight)
+    pieces = layout.pieces
+    if len(pieces) == 1:
+        return _convolve_piece(x, weight, bias, pieces[0], size, closed)
+    if closed and kernels.compiled(x.device, x.dtype, len(size)):
+        return _convolve_piece(x, weight, bias, layout.whole, size, closed)
+    widths = [plan.channels for plan in pieces]
+    parts = list(zip(torch.split(x, widths, 1), torch.split(weight, widths, 1), pieces, strict=True))
+    parts.sort(key=lambda part: part[2].spacing is None)  # the native convolution adds the bias for nothing
+    total = _convolve_piece(*parts[0][:2], bias, parts[0][2], size, closed)
+    for part, w, plan in parts[1:]:
+        total = total + _convolve_piece(part, w, None, plan, size, closed)
+    return total
