@@ -17,6 +17,7 @@ from tests.reference import fingerprint
 from widerf import SparseConv2d, measure, predict, receptive_field
 from widerf.energy import backpropagate
 from widerf.layers import spatial_layer
+from widerf.prediction import expected_energy
 from widerf.sandbox import untouched
 from widerf.trace import UntreatedOperatorError, record
 
@@ -240,6 +241,20 @@ def test_the_scale_of_weights_does_not_matter_even_in_deep_stacks() -> None:
     for conv in model:
         nn.init.constant_(conv.weight, 1e-3)
     assert math.isclose(predict(model, (1, 121)).std ** 2, 60 * 2 / 3, rel_tol=1e-4)
+
+
+def test_the_true_scale_of_the_energy_is_told() -> None:
+    model = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(12))).double()
+    site = spatial_layer(model, (2, 9, 9))
+
+    def log_energy() -> float:
+        _, energy, log_scale = expected_energy(model, (2, 9, 9), site, (4, 4))
+        return math.log(float(energy.sum())) + log_scale
+
+    before = log_energy()
+    for parameter in model.parameters():
+        parameter.data *= 1e-3
+    assert log_energy() == pytest.approx(before + 12 * 2 * math.log(1e-3))
 
 
 def test_any_unit_may_be_asked_for() -> None:
