@@ -157,7 +157,7 @@ struct Planes {
   }
 };
 
-constexpr int64_t PLANES_FLOATS = 80000;  // copies of planes that fit the second cache beside the rest
+constexpr int64_t PLANES_FLOATS = 120000;  // copies of planes that fit the second cache beside the rest
 constexpr int64_t BAND = 16;              // rows of output between two transpositions
 
 // Channels computed together: one plane, or a cache line of channels_last if their copies fit the second cache.

@@ -56,11 +56,17 @@ WIDERF_INLINE void transpose_lines(const float *from, int64_t from_step, float *
 // often a power of two apart and would evict each other from the first cache. STREAM: past the caches; `to` is aligned.
 template <bool STREAM>
 void transpose(const float *from, int64_t from_step, float *to, int64_t to_step, int64_t rows, int64_t columns) {
-  const int64_t whole_rows = rows / LINE * LINE, whole_columns = columns / 4 * 4;
+  const int64_t lines = rows / LINE * LINE, whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
   for (int64_t c0 = 0; c0 < whole_columns; c0 += LINE)
-    for (int64_t r = 0; r < whole_rows; r += LINE)
+    for (int64_t r = 0; r < lines; r += LINE)
       for (int64_t c = c0; c < least(whole_columns, c0 + LINE); c += 4)
         transpose_lines<STREAM>(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
+  for (int64_t r = lines; r < whole_rows; r += 4)
+    for (int64_t c = 0; c < whole_columns; c += 4) {
+      Four part[4];
+      transpose_four(from + r * from_step + c, from_step, part);
+      for (int i = 0; i < 4; i++) *(LooseFour *)(to + (c + i) * to_step + r) = part[i];
+    }
   for (int64_t c = 0; c < columns; c++)
     for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; r++) to[c * to_step + r] = from[r * from_step + c];
 }
