@@ -139,7 +139,7 @@ def _blocks(plan: Plan, x_shape: Sequence[int], size: Sequence[int], like: Tenso
     batch, *shape = x_shape
     extended = math.prod(a + n + b for a, n, b in zip(plan.before, shape[1:], plan.after, strict=True))
     each = shape[0] * (extended + plan.taps * math.prod(size)) * like.element_size()
-    cpu = like.device.type == "cpu" and type(like) is Tensor
+    cpu = like.device.type == "cpu"
     most = max(1, (BLOCK_BYTES if cpu else 32 * BLOCK_BYTES) // max(1, each))
     count = math.ceil(batch / math.ceil(batch / most)) if batch else 1
     for start in range(0, batch, count):
@@ -152,7 +152,7 @@ def _blocks(plan: Plan, x_shape: Sequence[int], size: Sequence[int], like: Tenso
                 block = _make_block(plan, samples, shape, size, like, keep)
             if keep:
                 while len(plan.blocks) >= 8:
-                    plan.blocks.pop(next(iter(plan.blocks)))
+                    plan.blocks.pop(next(iter(plan.blocks)), None)  # another thread may have been first
                 plan.blocks[key] = block
         yield slice(start, start + samples), block
 
