@@ -107,14 +107,16 @@ def _product(
     last: bool,
 ) -> None:
     """Launch `triton_kernels.implicit_gemm`; ``weight`` is (output channels, taps, input channels per group)."""
-    options = _tiles(x.dtype, width, 128, REDUCTION)
+    divided, big = tuple(divisor) != (1, 1), _big(x, y, weight)
+    # Dividing by a stride and 64-bit addresses take registers: half the tile, or they spill.
+    options = _tiles(x.dtype, width, 64 if divided or big else 128, REDUCTION)
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
     grid = (-(-pixels // options["BM"]) * len(blocks),)
     sizes = (*x.shape[2:], *y.shape[2:], *stride, *divisor, *x.stride(), *y.stride())
     shape = (pixels, weight.shape[2], weight.shape[1], step)
     _launch(
         _kernels().implicit_gemm, grid, x, weight, y, table, blocks, len(blocks), *shape, *sizes,
-        CHANNELS_LAST=last, UNIFORM=uniform, DIVIDE=tuple(divisor) != (1, 1), BIG=_big(x, y, weight),
+        CHANNELS_LAST=last, UNIFORM=uniform, DIVIDE=divided, BIG=big,
         WIDEN=not x.is_cuda, **options,
     )  # fmt: skip
 
@@ -221,7 +223,7 @@ def _fold(
     """Compute the input gradient of the narrow channels, whose weights (narrow, taps, out/groups) are given."""
     count, taps, outs = weight.shape
     images = max(1, COLUMNS // (count * taps * g.shape[2] * g.shape[3]))
-    for part, into in zip(g.split(images), grad_x.split(images), strict=True):
+    for part, into in zip(torch.split(g, images), torch.split(grad_x, images), strict=True):
         columns = _empty(g, (len(part), count * taps, *g.shape[2:]), last, torch.float32)
         one = weight.reshape(count * taps, 1, outs)
         _product(part, one, columns, tables.zero, tables.columns, 64, (1, 1), (1, 1), 0, uniform, last)
@@ -258,7 +260,8 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
             pixels, chunk, taps, *sizes, CHANNELS_LAST=last, BIG=_big(x, g), **options,
         )  # fmt: skip
         return scratch.sum(0).to(x.dtype)
-    options = _tiles(x.dtype, n, PIXELS, 64)
+    big = _big(x, g)
+    options = _tiles(x.dtype, n, PIXELS, 32 if big else 64)
     k_blocks, n_blocks = -(-per_group * taps // options["BK"]), -(-n // options["BN"])
     chunk, splits = _chunks(pixels, k_blocks * n_blocks * groups, outs * per_group * taps)
     scratch = x.new_empty(splits, outs, taps, per_group, dtype=torch.float32)
