@@ -28,8 +28,8 @@ def steps_to(record: Record, target: float) -> float:
     )
 
 
-def summary(task: str, records: Sequence[Record], settings: Record) -> str:
-    """Return a table: each arm against dense and against the growing grid, seed by seed."""
+def summary(task: str, records: Sequence[Record], tuned: Sequence[Record], settings: Record) -> str:
+    """Return two tables: each arm against dense and against the grids, seed by seed; and how each arm was tuned."""
     by: dict[str, dict[int, Record]] = {}
     for r in records:
         by.setdefault(r["arm"], {})[r["seed"]] = r
@@ -45,13 +45,13 @@ def summary(task: str, records: Sequence[Record], settings: Record) -> str:
         "95 % t-intervals over pairs. Steps: to the final score on the held-out images that dense of the same seed",
         "ends with, an arm that never gets there counts with all its steps.",
         "",
-        "| arm | lr | score | − dense | − grid-growing | steps / dense | ERF std before | after |",
-        "|---" * 8 + "|",
+        "| arm | lr | score | − dense | − grid-1-2-5 | − grid-growing | steps / dense | ERF std before | after |",
+        "|---" * 9 + "|",
     ]
     for arm in by:
         runs = [by[arm][s] for s in seeds]
         cells = [arm, f"{runs[0]['rate']:g}", f"{sum(r['test_score'] for r in runs) / len(runs):.4f}"]
-        for rival in ("dense", "grid-growing"):
+        for rival in ("dense", "grid-1-2-5", "grid-growing"):
             known = rival in by and rival != arm
             pairs = [by[rival][s]["test_score"] for s in seeds] if known else []
             cells.append(str(paired_difference([r["test_score"] for r in runs], pairs)) if known else "")
@@ -64,4 +64,18 @@ def summary(task: str, records: Sequence[Record], settings: Record) -> str:
             cells.append("")
         cells += [f"{sum(r[key]['std'] for r in runs) / len(runs):.2f}" for key in ("erf_before", "erf_after")]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_tuning(tuned, settings)]) + "\n"
+
+
+def _tuning(tuned: Sequence[Record], settings: Record) -> list[str]:
+    rates = settings["rates"]
+    lines = [
+        f"Tuning: score on the held-out images after {settings['tune_steps']} steps, one number a seed.",
+        "",
+        "| arm | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |",
+        "|---" * (1 + len(rates)) + "|",
+    ]
+    for arm in dict.fromkeys(r["arm"] for r in tuned):
+        cells = [[f"{r['score']:.3f}" for r in tuned if (r["arm"], r["rate"]) == (arm, rate)] for rate in rates]
+        lines.append(f"| {arm} | " + " | ".join(" ".join(cell) for cell in cells) + " |")
+    return lines

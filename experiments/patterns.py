@@ -262,7 +262,7 @@ def main() -> None:
         for arm in options.arms
     ]
     records = run_all(jobs, work, options.out / "train", workers=options.workers, settings=settings)
-    page = summary(options.task, records, settings)
+    page = summary(options.task, records, tuned, settings)
     write_jsonl(options.out / "runs.jsonl", records)
     write_whole(options.out / "summary.md", page)
     print(page)
