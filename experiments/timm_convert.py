@@ -174,7 +174,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="modules to run, default all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    models = [m for m in read() if not options.only or m.module in options.only]
+    chosen = [m for m in read() if not options.only or m.module in options.only]
+    models = sorted(chosen, key=lambda model: model.parameters)  # what is quick comes first
     lines = run(models, options.out / "timm_convert.csv")
     (options.out / "timm_convert.md").write_text(summary(lines))
 
