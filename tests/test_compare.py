@@ -293,7 +293,13 @@ def test_sparse_arms_keep_the_first_layer_dense_and_the_number_of_weights() -> N
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     process = subprocess.Popen(
-        command(*QUICK, "--out", folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(*QUICK, "--out", folder),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background inherits that Ctrl-C is ignored, and would pass it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (folder / "settings.json").exists():
         assert process.poll() is None
