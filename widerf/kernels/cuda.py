@@ -108,8 +108,8 @@ def _product(
 ) -> None:
     """Launch `triton_kernels.implicit_gemm`; ``weight`` is (output channels, taps, input channels per group)."""
     divided, big = tuple(divisor) != (1, 1), _big(x, y, weight)
-    # Dividing by a stride and 64-bit addresses take registers: a smaller tile, or they spill.
-    options = _tiles(x.dtype, width, 32 if big else 64 if divided else 128, REDUCTION)
+    # Dividing by a stride and 64-bit addresses take registers: half the tile, or they spill.
+    options = _tiles(x.dtype, width, 64 if divided or big else 128, REDUCTION)
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
     grid = (-(-pixels // options["BM"]) * len(blocks),)
     sizes = (*x.shape[2:], *y.shape[2:], *stride, *divisor, *x.stride(), *y.stride())
