@@ -301,3 +301,22 @@ def test_a_sparse_convolution_is_predicted_and_traced_like_its_dense_twin(patter
     fields = [receptive_field(model, (1, 32, 32)) for model in roads]
     assert fields[0].size == fields[1].size == (15, 15)
     assert fields[0].center((8, 8)) == fields[1].center((8, 8)) == (16.0, 16.0)
+
+
+def test_dropping_a_path_half_of_the_time_is_no_special_case() -> None:
+    """The dispatcher leaves out a probability that equals the default, 0.5."""
+
+    class Half(nn.Module):
+        def __init__(self, keep: float) -> None:
+            super().__init__()
+            self.conv, self.keep = nn.Conv2d(2, 2, 3, padding=1), keep
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x) * x.new_empty(len(x), 1, 1, 1).bernoulli_(self.keep) / self.keep
+
+    stds = []
+    for keep in (0.499999, 0.5, 0.500001):
+        torch.manual_seed(0)
+        stds.append(predict(Half(keep).double(), (2, 9, 9)).std)
+    assert stds == sorted(stds, reverse=True)
+    assert stds[1] == pytest.approx((stds[0] + stds[2]) / 2, rel=1e-9)

@@ -243,8 +243,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = {i: v for i, leaf in enumerate(leaves) if (v := self.value_of(leaf)) is not None}
         written = _written(func, args, kwargs or {}) if func._schema.is_mutable else []
         if not inputs or _name(func) in _SHAPE_ONLY:
-            if func._schema.name == "aten::bernoulli_" and not isinstance(leaves[1], Tensor):
-                return args[0].fill_(math.sqrt(float(leaves[1])))
+            if func._schema.name == "aten::bernoulli_":
+                share = args[1] if len(args) > 1 else 0.5  # the dispatcher leaves out what equals the default
+                if not isinstance(share, Tensor):
+                    return args[0].fill_(math.sqrt(float(share)))
             return func(*args, **(kwargs or {}))
         # BN writes its running statistics, which do not depend on the input as far as derivatives go.
         state = [t for t in written if self.value_of(t) is None and not func._schema.name.endswith("_")]
