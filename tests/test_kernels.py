@@ -211,16 +211,18 @@ def test_a_path_that_is_not_there_is_an_error_and_changes_nothing() -> None:
     assert kernels.info() == before
 
 
+def said_by(code: str, **environment: str) -> str:
+    """What a process of its own prints."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.strip()
+
+
 def test_the_environment_decides_at_the_start() -> None:
     code = "import widerf; print(widerf.kernels.info()['cpu float32'].path)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "WIDERF_KERNELS": "torch"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == kernels.STOCK
+    assert said_by(code, WIDERF_KERNELS="torch") == kernels.STOCK
 
 
 INTERPRETED = """
@@ -244,14 +246,7 @@ print("right")
 
 def test_the_triton_kernels_are_called_rightly() -> None:
     pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout.strip() == "right", run.stderr[-2000:]
+    assert said_by(INTERPRETED, TRITON_INTERPRET="1") == "right"
 
 
 def test_the_compiler_is_not_loaded_by_a_layer() -> None:
