@@ -32,7 +32,8 @@ from widerf.prediction import expected_energy
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 ROADS = ("measured", "predicted")
 SIGNS = 24  # draws of signs for one image and one set of weights
-WEIGHT_DRAWS = 8  # sets of weights that predict is tried on, to show its scatter
+SETS = 8  # of weights, of road "same"
+WEIGHT_DRAWS = 32  # sets of weights that predict is tried on, each with its own image, to show its scatter
 
 
 HEADER = f"""# Do the two roads to the ERF agree?
@@ -145,6 +146,7 @@ def cases() -> list[Case]:
         "regnety_002, no zero init": timm_model("regnety_002", zero_init_last=False),
         "efficientnet_b0": timm_model("efficientnet_b0"),
         "densenet121": timm_model("densenet121"),
+        "resnet18, silent branches": timm_model("resnet18"),
     }
     rows = [
         Case("plain 20, linear", lambda: plain(nn.Identity), 61, False, 512),
@@ -212,7 +214,7 @@ def predicted(case: Case, cache: Path) -> dict[str, Any]:
         warnings.simplefilter("ignore", category=UserWarning)
         widerf.predict(built(case, 1000), case.input_size)
     seconds = time.perf_counter() - start
-    pairs = [energy(built(case, 1000 + seed), case) for seed in range(WEIGHT_DRAWS)]
+    pairs = [energy(built(case, 1000 + seed), case, seed) for seed in range(WEIGHT_DRAWS)]
     erfs = [widerf.ERF.from_energy(found, center=truth.center, clipped=0.0) for found, _ in pairs]
     weights = torch.tensor([log for _, log in pairs]).softmax(0) * len(pairs)
     stack = torch.stack([erf.map for erf in erfs]) * weights.view(-1, 1, 1)
@@ -228,10 +230,11 @@ def predicted(case: Case, cache: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def energy(model: nn.Module, case: Case) -> tuple[Tensor, float]:
+def energy(model: nn.Module, case: Case, image_seed: int) -> tuple[Tensor, float]:
     """Predicted energy map of the centre unit, and the logarithm of its sum on its true scale."""
     site = spatial_layer(model, case.input_size)
-    _, found, log_scale = expected_energy(model, case.input_size, site, check_unit(None, site.spatial_shape))
+    unit = check_unit(None, site.spatial_shape)
+    _, found, log_scale = expected_energy(model, case.input_size, site, unit, image_seed)
     return found, math.log(float(found.sum())) + log_scale
 
 
@@ -239,7 +242,7 @@ def same(case: Case, cache: Path) -> dict[str, Any]:
     """Measure with the weights and the very image that each single prediction had: only signs are drawn."""
     image = torch.randn((1, *case.input_size), generator=torch.Generator().manual_seed(0)).expand(SIGNS, -1, -1, -1)
     stds, errors, guesses = [], [], []
-    for seed in range(WEIGHT_DRAWS):
+    for seed in range(SETS):
         model = built(case, 1000 + seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
@@ -311,7 +314,7 @@ def same_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
         f"(`--road same`, {SIGNS} draws each): single predictions scatter because the ERF itself does, between images",
         "and between weights, as far as the two go along.",
         "",
-        f"| case | measured, {WEIGHT_DRAWS} sets of weights, mean ± sd | its standard error | predicted / measured "
+        f"| case | measured, {SETS} sets of weights, mean ± sd | its standard error | predicted / measured "
         "± sd | correlation |",
         "|---|---|---|---|---|",
     ]

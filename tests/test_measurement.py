@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.reference import energy, fingerprint, uniform_stack
 from widerf.erf import ClippedWarning
 from widerf.measurement import measure
+from widerf.prediction import predict
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -171,6 +172,32 @@ def test_all_ways_to_give_the_same_images_give_the_same_map() -> None:
     found = [measure(model, (2, 9, 9), inputs=source, batch_size=4) for source in sources]
     assert all(erf.samples == 12 for erf in found)
     assert all(torch.equal(erf.map, found[0].map) for erf in found)
+
+
+def silent(channels: int = 24) -> nn.Module:
+    """A stem and what is left of a residual network whose branches are silent: pointwise layers and batch norm."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+    for _ in range(2):
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 1, bias=False)]
+    return nn.Sequential(*layers).double().train()
+
+
+def test_the_share_that_batch_statistics_spread_falls_as_one_over_the_images() -> None:
+    shares = []
+    for batch in (1, 2, 4, 8):
+        erf = measure(silent(), (3, 15, 15), samples=192, batch_size=batch)
+        shares.append(1 - float(erf.map[6:9, 6:9].sum()))
+    slope = torch.tensor(shares).log2().diff().mean()
+    assert abs(slope + 1) < 0.15
+
+
+def test_in_training_mode_the_default_is_what_predict_sees() -> None:
+    model = silent()
+    measured = measure(model, (3, 15, 15), samples=256)
+    predicted = predict(model, (3, 15, 15))
+    assert torch.equal(measured.map, measure(model, (3, 15, 15), samples=256, batch_size=1).map)
+    assert abs(predicted.std / measured.std - 1) < 0.05 + 2 * measured.standard_error("std") / measured.std
 
 
 def test_no_more_images_are_taken_than_asked_for() -> None:

@@ -46,9 +46,10 @@ def measure(
     channels, summed over the channels of the unit as well. One backward pass per draw is enough: with random signs s
     over the unit's channels, ``E_s[(∂(Σ_k s_k y_k)/∂x)²] = Σ_k (∂y_k/∂x)²``.
 
-    The model is measured in the mode in which it is (``model.eval()`` first, if that is meant: in training mode batch
-    normalisation lets the images of a pass influence each other) and comes back bit-identical, as
-    does the global random state.
+    The model is measured in the mode in which it is (``model.eval()`` first, if that is meant) and comes back
+    bit-identical, as does the global random state. In training mode batch normalisation ties all positions of all
+    images of a pass together: a share of the energy of about 1/(images · positions) for each such layer lies on every
+    pixel, so that the ERF of a batch of one, which is what ``predict`` sees, is the wider one.
 
     Args:
         model: any module that maps ``(batch, *input_size)`` to anything.
@@ -64,7 +65,8 @@ def measure(
             expected ERF at initialisation. Each call finds the model as it was given.
         generator: source of the signs, the N(0, 1) images and ``redraw``; by default one with a fixed seed.
         progress: whether to show a progress bar.
-        batch_size: images in one pass; by default 8, with ``redraw`` 1.
+        batch_size: images in one pass; by default 8, but 1 with ``redraw`` and where batch statistics tie the images
+            of a pass together. A model that normalises 1×1 maps by them needs at least 2.
 
     Returns:
         The ERF, with a standard error and an interval for every figure.
@@ -94,7 +96,7 @@ def measure(
     site = spatial_layer(model, input_size, layer)
     units = _units(unit, site.spatial_shape)
     generator = torch.Generator().manual_seed(_SEED) if generator is None else generator
-    batch = batch_size or (1 if redraw else min(8, samples))
+    batch = batch_size or (1 if redraw or _ties_images(model) else min(8, samples))
     images = Images(inputs, input_size, probe_input(model, input_size, 0), generator)
     backward = _Backward(model, site, units, generator)
     blocks = _Blocks()
@@ -119,6 +121,11 @@ def _units(unit: Unit | Sequence[Unit] | None, spatial_shape: tuple[int, ...]) -
         assert isinstance(unit, Sequence)
         return [check_unit(u, spatial_shape) for u in unit]
     return [check_unit(unit, spatial_shape)]  # type: ignore[arg-type]
+
+
+def _ties_images(model: nn.Module) -> bool:
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return any(norm.training or norm.running_mean is None for norm in norms)
 
 
 def _draws(

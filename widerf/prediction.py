@@ -79,11 +79,11 @@ def predict(
 
 
 def expected_energy(
-    model: nn.Module, input_size: tuple[int, ...], site: MapSite, unit: tuple[int, ...]
+    model: nn.Module, input_size: tuple[int, ...], site: MapSite, unit: tuple[int, ...], image_seed: int = _SEED
 ) -> tuple[Tape, Tensor, float]:
     """Recording of the pass, energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
     with untouched(model), torch.no_grad():
-        tape = record(model, _image(model, input_size), site)
+        tape = record(model, _image(model, input_size, image_seed), site)
         seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
         place: tuple[Any, ...] = (slice(None), slice(None), *unit)
         seed[place] = 1
@@ -93,7 +93,7 @@ def expected_energy(
     return tape, energy, log_scale
 
 
-def _image(model: nn.Module, input_size: tuple[int, ...]) -> Tensor:
+def _image(model: nn.Module, input_size: tuple[int, ...], seed: int) -> Tensor:
     like = probe_input(model, input_size, batch=1)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator).to(like)

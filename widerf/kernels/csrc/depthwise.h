@@ -22,6 +22,7 @@ struct Bordered {
   // Where pixel (y, x) is; it may lie in the border.
   int64_t at(int64_t y, int64_t x) const {
     y += top, x += left;
+    if (phases_y * phases_x == 1) return y * pitch + x;  // a division takes as long as twenty products
     return ((y % phases_y * phases_x + x % phases_x) * rows + y / phases_y) * pitch + x / phases_x;
   }
   // Image rows that the first `done` of `all` rows of outputs read.
@@ -61,6 +62,33 @@ inline Bordered border(const Shape &s, const int32_t *shifts) {
   return {-low_y, -low_x, ceil_div(high_y - low_y + 1, s.sy), ceil_div(high_x - low_x + 1, s.sx), s.sy, s.sx, s.H, s.W};
 }
 
+// The taps of each channel that read the image for some output, by the phase of the stride that they belong to.
+struct LiveTaps {
+  int64_t taps, phases;
+  Scratch<int64_t> at, tap, count;  // where in the plane it reads; its index among all weights; how many there are
+  Scratch<float> weight;
+  bool ok;
+
+  // place(shift, &at) returns the phase. `w` may be null: then there are no weights.
+  template <class F>
+  LiveTaps(const Shape &s, const int32_t *shifts, const float *w, int64_t phases, const F &place)
+      : taps(s.T), phases(phases), at(s.C * phases * s.T), tap(s.C * phases * s.T), count(s.C * phases),
+        weight(w ? s.C * phases * s.T : 0), ok(at.data && tap.data && count.data && weight.data) {
+    if (!ok) return;
+    memset(count.data, 0, (size_t)(s.C * phases) * sizeof(int64_t));
+    for (int64_t k = 0; k < s.C * s.T; k++) {
+      const int32_t *d = shifts + 2 * k;
+      if (!alive(s, d)) continue;
+      int64_t where = 0;
+      const int64_t list = k / s.T * phases + place(d, &where), i = list * s.T + count.data[list]++;
+      at.data[i] = where;
+      tap.data[i] = k;
+      if (w) weight.data[i] = w[k];
+    }
+  }
+  int64_t list(int64_t channel, int64_t phase = 0) const { return channel * phases + phase; }
+};
+
 // R rows of A vectors; the last vector ends at `width`, so it may repeat some of the one before.
 template <int R, int A>
 WIDERF_INLINE void conv_patch(const float *x, int64_t pitch, int64_t width, const float *w, const int64_t *at, int64_t taps,
@@ -76,7 +104,7 @@ WIDERF_INLINE void conv_patch(const float *x, int64_t pitch, int64_t width, cons
       for (int a = 0; a < A; a++) sums[r][a] += factor * load(from + r * pitch + (a + 1 < A ? a * VW : last));
   }
   for (int r = 0; r < R; r++) {
-    if (width < VW) {
+    if (A == 1 && width < VW) {
       float lanes[VW];
       store(lanes, sums[r][0]);
       memcpy(y + r * step, lanes, (size_t)width * sizeof(float));
@@ -99,9 +127,11 @@ typedef void (*Stripe)(const float *, int64_t, int64_t, int64_t, const float *, 
 const Stripe STRIPE[8] = {conv_stripe<1>, conv_stripe<2>, conv_stripe<3>, conv_stripe<4>,
                           conv_stripe<5>, conv_stripe<6>, conv_stripe<7>, conv_stripe<8>};
 
-// y[u][v] = sum over t of w[t] · x[at[t] + u·pitch + v], height × width outputs.
-inline void conv_plane(const float *x, int64_t pitch, int64_t height, int64_t width, const float *w, const int64_t *at,
-                       int64_t taps, float *y, int64_t step) {
+// y[u][v] = sum over the taps of a list of weight · x[at + u·pitch + v], height × width outputs.
+inline void conv_plane(const float *x, int64_t pitch, int64_t height, int64_t width, const LiveTaps &live, int64_t list,
+                       float *y, int64_t step) {
+  const float *w = live.weight.data + list * live.taps;
+  const int64_t *at = live.at.data + list * live.taps, taps = live.count.data[list];
   const int64_t stripes = ceil_div(width, 8 * VW);
   int64_t v = 0;
   for (int64_t i = 0; i < stripes; i++) {
@@ -171,35 +201,25 @@ inline int forward_depthwise(const Shape &s, const int32_t *shifts, const float 
   const Bordered plane = border(s, shifts);
   const Planes in(s.B, s.C, s.H, s.W, s.last), out(s.B, s.C, s.U, s.V, s.last);
   const int64_t width = together(s, plane), step = plane.floats(), band = s.last ? least(BAND, s.U) : s.U;
-  bool failed = false;
+  const LiveTaps live(s, shifts, w, 1, [&](const int32_t *d, int64_t *at) { return *at = plane.at(d[0], d[1]), 0; });
+  bool failed = !live.ok;
   const int64_t blocks = ceil_div(s.C, width);
-  parallel(blocks * s.B, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-    Scratch<float> copy(width * step), live(width * s.T), line(width * s.W), buffer(s.last ? width * band * s.V : 0);
-    Scratch<int64_t> at(width * s.T);
-    int64_t count[LINE];
-    if (!copy.data || !live.data || !line.data || !buffer.data || !at.data) {
+  if (!failed) parallel(blocks * s.B, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    Scratch<float> copy(width * step), line(width * s.W), buffer(s.last ? width * band * s.V : 0);
+    if (!copy.data || !line.data || !buffer.data) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
     memset(copy.data, 0, (size_t)(width * step) * sizeof(float));
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / blocks, c0 = task % blocks * width, n = least(width, s.C - c0);
-      for (int64_t i = 0; i < n; i++) {
-        count[i] = 0;
-        for (int64_t t = 0; t < s.T; t++) {
-          const int32_t *d = shifts + 2 * ((c0 + i) * s.T + t);
-          if (!alive(s, d)) continue;
-          live.data[i * s.T + count[i]] = w[(c0 + i) * s.T + t];
-          at.data[i * s.T + count[i]++] = plane.at(d[0], d[1]);
-        }
-      }
       for (int64_t u = 0, read = 0; u < s.U; u += band) {
         const int64_t rows = least(band, s.U - u), need = plane.needed(u + rows, s.U);
         in.read(x, b, c0, n, read, need, plane, step, copy.data, line.data);
         for (int64_t i = 0; i < n; i++) {
           if (i + 1 < n) plane.prefetch(copy.data + (i + 1) * step, u, rows, s.U);
-          conv_plane(copy.data + i * step + u * plane.pitch, plane.pitch, rows, s.V, live.data + i * s.T,
-                     at.data + i * s.T, count[i], out.target(y, b, c0, u, buffer.data + i * rows * s.V), s.V);
+          conv_plane(copy.data + i * step + u * plane.pitch, plane.pitch, rows, s.V, live, live.list(c0 + i),
+                     out.target(y, b, c0, u, buffer.data + i * rows * s.V), s.V);
         }
         out.write(y, b, c0, n, u, rows, buffer.data);
         read = most(read, need);
