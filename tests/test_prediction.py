@@ -19,7 +19,8 @@ from widerf.energy import backpropagate
 from widerf.layers import spatial_layer
 from widerf.prediction import expected_energy
 from widerf.sandbox import untouched
-from widerf.trace import UntreatedOperatorError, record
+from widerf.tape import UntreatedOperatorError
+from widerf.trace import record
 
 
 def energy_of(model: nn.Module, image: Tensor, unit: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from tests.reference import fingerprint
 from widerf.layers import spatial_layer
 from widerf.sandbox import untouched
-from widerf.trace import Tape, record
+from widerf.tape import Tape
+from widerf.trace import record
 
 
 def taped(model: nn.Module, image: Tensor, layer: str | None = None) -> Tape:

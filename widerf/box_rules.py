@@ -15,7 +15,7 @@ from torch import Tensor
 
 from widerf.boxes import EMPTY, Jump, expanded, extend, scaled, slide, slide_transposed, smallest, thin, union_of
 from widerf.operators import axis_matrices, reduced_dims
-from widerf.trace import Step
+from widerf.tape import Step
 
 Outcome = tuple[list[Tensor | None], Jump]
 Rule = Callable[[Step, dict[str, Any], dict[int, Tensor], list[Any], Jump], Outcome]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from widerf.operators import Kind, kind_of
-from widerf.trace import Step, Tape, transposed_jacobian
+from widerf.tape import Step, Tape, transposed_jacobian
 
 Energies = list["Tensor | None"]
 

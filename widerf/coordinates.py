@@ -10,7 +10,7 @@ from torch import Tensor
 from widerf.box_rules import MIXING, RULES, normalises_space
 from widerf.boxes import EMPTY, merges_positions, misalignment, pixels
 from widerf.operators import kind_of
-from widerf.trace import Step, Tape
+from widerf.tape import Step, Tape
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from widerf.images import Images
 from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
 from widerf.receptive import from_tape
 from widerf.sandbox import untouched
-from widerf.trace import UntreatedOperatorError, record
+from widerf.tape import UntreatedOperatorError
+from widerf.trace import record
 
 _MAX_BLOCKS = 32
 _LEAST_DRAWS = 8  # before rtol may stop the measurement

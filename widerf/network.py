@@ -15,7 +15,8 @@ from widerf.convolutions import Kernel
 from widerf.energy import backpropagate
 from widerf.layers import probe_input, spatial_layer
 from widerf.sandbox import untouched
-from widerf.trace import Step, Tape, record
+from widerf.tape import Step, Tape
+from widerf.trace import record
 
 _NEARLY = 1.4  # ratio of neighbouring map sizes below which a map was cropped or padded, not resampled
 

@@ -14,7 +14,8 @@ from widerf.erf import ERF
 from widerf.layers import MapSite, check_input_size, check_unit, probe_input, spatial_layer
 from widerf.receptive import from_tape
 from widerf.sandbox import untouched
-from widerf.trace import Tape, record
+from widerf.tape import Tape
+from widerf.trace import record
 
 _SEED = 0
 

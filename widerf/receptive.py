@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from widerf.coordinates import read
 from widerf.layers import check_unit, probe_input, spatial_layer
 from widerf.sandbox import untouched
-from widerf.trace import Tape, record
+from widerf.tape import Tape
+from widerf.trace import record
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
-"""One recording of one forward pass: which operator made which tensor out of which, and in which module.
+"""One recording of one forward pass.
 
 The recording is taken below autograd, at the level of aten operators, so it holds for any control flow and any Python
-code; in-place writes, also through views, are rewritten as operators that return a new tensor. Two readings of it
-exist: :func:`widerf.receptive.receptive_field` walks it forwards with coordinates, :func:`widerf.prediction.predict`
-walks it backwards with energies.
+code; in-place writes, also through views, are rewritten as operators that return a new tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,113 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widerf._checks import require
 from widerf.layers import MapSite
+from widerf.tape import Step, Tape, UntreatedOperatorError, operator_name
 
 # Operators that read the shape of a tensor and not what it holds.
 _SHAPE_ONLY = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
 }
-
-
-class UntreatedOperatorError(NotImplementedError):
-    """An operator has no rule; the message names it and its module."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One operator of the recording.
-
-    Attributes:
-        op: the aten operator, without side effects on tensors that depend on the input.
-        leaves: its arguments, flattened; in place of a tensor that depends on the input stands ``None``.
-        spec: how to put the leaves together again.
-        inputs: position among the leaves → identity of the value.
-        outputs: identity of each output; ``None`` for what has no derivative (integers, masks).
-        module: name of the innermost module whose forward ran.
-    """
-
-    op: Any
-    leaves: tuple[Any, ...]
-    spec: Any
-    inputs: Mapping[int, int]
-    outputs: tuple[int | None, ...]
-    module: str
-
-    @property
-    def name(self) -> str:
-        """Name of the operator without namespace and overload, e.g. ``"convolution"``."""
-        return _name(self.op)
-
-    def arguments(self, values: Mapping[int, Any] | list[Any]) -> dict[str, Any]:
-        """Arguments by name, defaults filled in; ``values`` gives what stands for each value."""
-        leaves = list(self.leaves)
-        for position, value in self.inputs.items():
-            leaves[position] = values[value]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        named: dict[str, Any] = {}
-        for index, argument in enumerate(self.op._schema.arguments):
-            default = argument.default_value if argument.has_default_value() else None
-            named[argument.name] = args[index] if index < len(args) else kwargs.get(argument.name, default)
-        return named
-
-    def call(self, leaves: Mapping[int, Any]) -> tuple[Any, ...]:
-        """Run the operator with other tensors at the positions of the tracked leaves; return its outputs as a tuple."""
-        filled = list(self.leaves)
-        for position, tensor in leaves.items():
-            filled[position] = tensor
-        args, kwargs = pytree.tree_unflatten(filled, self.spec)
-        if self.name == "copy":  # torch knows no derivative of it
-            return (args[1].to(args[0].dtype).expand_as(args[0]),)
-        return tuple(pytree.tree_flatten(self.op(*args, **kwargs))[0])
-
-    def untreated(self, purpose: str) -> UntreatedOperatorError:
-        """The error for an operator that ``purpose`` has no rule for."""
-        return UntreatedOperatorError(f"{purpose} has no rule for operator {self.op} in module {self.module!r}")
-
-
-def transposed_jacobian(
-    step: Step, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
-) -> dict[int, Tensor]:
-    """Jᵀ times a cotangent per output, at the given inputs: position of a leaf → product."""
-    with torch.enable_grad():
-        tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
-        outs = step.call(tensors)
-        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
-        if not pairs:
-            return {}
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            list(tensors.values()),
-            [c.expand_as(o) for o, c in pairs],
-            allow_unused=True,
-            create_graph=any(c.requires_grad for _, c in pairs),  # the product itself may be differentiated
-        )
-    return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
-
-
-@dataclass
-class Tape:
-    """The operators of one forward pass in order, with the tensors that went through them.
-
-    Attributes:
-        steps: the operators that depend on the input, in the order in which they ran.
-        values: each value's tensor; the input is value 0.
-        target: identity of the map, laid out as (batch, channels, *spatial).
-    """
-
-    steps: list[Step] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    target: int = -1
-
-    def needed(self) -> list[Step]:
-        """The steps that lie on a path from the input to the map, in order."""
-        alive = {self.target}
-        steps = []
-        for step in reversed(self.steps):
-            if any(out in alive for out in step.outputs):
-                alive.update(step.inputs.values())
-                steps.append(step)
-        return steps[::-1]
 
 
 def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
@@ -242,7 +140,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leaves, spec = pytree.tree_flatten((args, kwargs or {}))
         inputs = {i: v for i, leaf in enumerate(leaves) if (v := self.value_of(leaf)) is not None}
         written = _written(func, args, kwargs or {}) if func._schema.is_mutable else []
-        if not inputs or _name(func) in _SHAPE_ONLY:
+        if not inputs or operator_name(func) in _SHAPE_ONLY:
             if func._schema.name == "aten::bernoulli_":
                 share = args[1] if len(args) > 1 else 0.5  # the dispatcher leaves out what equals the default
                 if not isinstance(share, Tensor):
@@ -344,7 +242,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def _functional(func: Any) -> Any:
     """The operator that returns what an in-place one writes: ``aten.relu_`` → ``aten.relu``."""
-    name = _name(func)
+    name = operator_name(func)
     packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
     if packet is None or func._overloadname not in packet.overloads():
         raise UntreatedOperatorError(f"the recording has no form of operator {func} that leaves its input alone")
@@ -353,10 +251,6 @@ def _functional(func: Any) -> Any:
 
 def _frozen(leaf: Any, written: list[Tensor]) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and any(leaf is t for t in written) else leaf
-
-
-def _name(op: Any) -> str:
-    return str(op._schema.name).split("::")[1]
 
 
 def _storage(tensor: Tensor) -> int:
