@@ -43,10 +43,12 @@ Made by `python -m experiments.agreement --road measured`, then `--road predicte
 
 - *Measured*: `measure(redraw=...)`, each draw with new weights from the model's own initialisation, a new N(0, 1) image
   and random signs over the unit's channels; std of the energy map in input pixels with its 95 % interval.
-- *Predicted*: `predict` on weights that the measurement never saw. One run takes one set of weights as it is: the
-  figure for the first set, then that of the mean energy map of {WEIGHT_DRAWS} sets with its standard error (jackknife):
-  the ERF itself differs between weights and between images, of which one run takes one, see the second table.
+- *Predicted*: `predict` on weights that the measurement never saw. One run takes one set of weights and one fixed image
+  as they are: the figure for the first set, then that of the mean energy map of {WEIGHT_DRAWS} sets, each with an image
+  of its own, with its standard error (jackknife): the ERF itself differs between weights and between images.
   Like the measured mean over redraws, that mean lets sets with large gradients count for more.
+- The image leaves its mark: with one image for all sets, and 8 of them, the mean's correlation was 0.973 for
+  convnext_atto and 0.951 for efficientnet_b0 in train mode, where scatter alone let expect 0.988 and 0.973.
 - *Map correlation* over all pixels, of the first set's map and of the mean of the sets' maps with the measured map; in
   brackets what scatter alone lets expect of the latter if both roads had the same true map (product of the correlations
   that it would have with the two means). The scatter of the sets' total energy is counted in, so that this is rather
