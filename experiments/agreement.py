@@ -60,8 +60,8 @@ Made by `python -m experiments.agreement --road measured`, then `--road predicte
 - How many draws: the numbers are fixed before a case is measured. The first plan (512, 256 and, at 224², 128) was cut
   to 32 at 224² for time; four cases measured so had standard errors of up to 0.74 % in std and noise that kept the true
   map's own correlation at 0.955 to 0.983. They were thrown away for that noise, not for their agreement, and all cases
-  at 224² measured anew with 128 draws, 160 where the noise of those four asked for more. At those 160, three networks in
-  train mode kept the true map's own correlation at 0.991, too near to the wanted 0.99, and were measured with 480.
+  at 224² measured anew with 128 draws, 160 where the noise of those four asked for more. At those 160, three networks
+  in train mode kept the true map's own correlation at 0.991, too near to the wanted 0.99, and were measured with 480.
 
 """
 
