@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page, the timings and the plot")
     parser.add_argument("--table", action="store_true", help="write the page from the timings that are there")
     options = parser.parse_args([] if argv is None else argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     table = options.out / "sparse_speed.csv"
     if not options.table:
         print(kernels.info())
