@@ -54,6 +54,7 @@ def load(path: str | Path) -> ctypes.CDLL:
     return library
 
 
+@lru_cache(maxsize=len(SETS))
 def _find(name: str) -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_{name}{suffix}"
