@@ -163,7 +163,7 @@ def page(rows: Sequence[Row]) -> str:
         *_table(
             ("figure", "measured", "limit", "holds"),
             [
-                (claim, f"{value:.2f}", f"{sign} {limit:g}", "yes" if (value <= limit) == (sign == "≤") else "**no**")
+                (claim, f"{value:.3f}", f"{sign} {limit:g}", "yes" if (value <= limit) == (sign == "≤") else "**no**")
                 for claim, value, sign, limit in _verdicts(lines)
             ],
         ),
