@@ -40,6 +40,7 @@ def runnable() -> tuple[str, ...]:
     return {"AVX512": SETS, "AVX2": SETS[1:]}.get(capability, SETS[2:])
 
 
+@lru_cache(maxsize=16)
 def load(path: str | Path) -> ctypes.CDLL:
     """Open a library of kernels.
 
@@ -54,7 +55,6 @@ def load(path: str | Path) -> ctypes.CDLL:
     return library
 
 
-@lru_cache(maxsize=len(SETS))
 def _find(name: str) -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_{name}{suffix}"
