@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from typing import Any
 
@@ -190,3 +191,16 @@ def minkowski_sum(list_of_offsets: list[Tensor]) -> set[tuple[int, ...]]:
         taps = {tuple(tap) for tap in offsets.flatten(0, 1).tolist()}
         cells = {tuple(a + b for a, b in zip(c, t, strict=True)) for c in cells for t in taps}
     return cells
+
+
+def shares(weight: Tensor, rank: int = 2) -> Tensor:
+    """Share of a weight's energy that each tap has."""
+    energy = weight.detach().double().square().sum(dim=tuple(range(weight.ndim - rank)))
+    return energy / energy.sum()
+
+
+def stack(layers: int, width: int = 8, kernel_size: int = 3, rank: int = 2) -> nn.Sequential:
+    """Convolutions with ReLU, on images of three channels."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    convs = [kind(width if i else 3, width, kernel_size, padding=kernel_size // 2, bias=False) for i in range(layers)]
+    return nn.Sequential(*itertools.chain.from_iterable((conv, nn.ReLU()) for conv in convs))
