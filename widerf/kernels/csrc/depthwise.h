@@ -46,10 +46,6 @@ struct Bordered {
   }
 };
 
-inline bool alive(const Shape &s, const int32_t *d) {
-  return d[0] >= -s.sy * (s.U - 1) && d[0] < s.H && d[1] >= -s.sx * (s.V - 1) && d[1] < s.W;
-}
-
 // The border that holds what the live taps of all channels read for all outputs.
 inline Bordered border(const Shape &s, const int32_t *shifts) {
   int64_t low_y = 0, low_x = 0, high_y = s.H - 1, high_x = s.W - 1;

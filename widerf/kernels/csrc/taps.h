@@ -18,6 +18,11 @@ struct Shape {
   }
 };
 
+// Whether a tap with this shift reads the image for some output.
+inline bool alive(const Shape &s, const int32_t *d) {
+  return d[0] >= -s.sy * (s.U - 1) && d[0] < s.H && d[1] >= -s.sx * (s.V - 1) && d[1] < s.W;
+}
+
 // One row of the matrix of columns: an input channel seen through one of its taps.
 struct Row {
   int64_t offset;  // of the input pixel that output 0 reads, from the group's first channel; may lie outside
@@ -43,10 +48,9 @@ struct Rows {
     if (!row.data || !start.data || !ys.data || !xs.data || !at_y.data || !at_x.data) return;
     memset(at_y.data, 0, (size_t)(s.H + low_y) * 4);
     memset(at_x.data, 0, (size_t)(s.W + low_x) * 4);
-    auto alive = [&](const int32_t *d) { return d[0] >= -low_y && d[0] < s.H && d[1] >= -low_x && d[1] < s.W; };
     for (int64_t k = 0; k < s.C * s.T; k++) {
       const int32_t *d = shifts + 2 * k;
-      if (alive(d)) at_y.data[d[0] + low_y] = at_x.data[d[1] + low_x] = 1;
+      if (alive(s, d)) at_y.data[d[0] + low_y] = at_x.data[d[1] + low_x] = 1;
     }
     ny = number(at_y.data, s.H + low_y, low_y, ys.data);
     nx = number(at_x.data, s.W + low_x, low_x, xs.data);
@@ -62,7 +66,7 @@ struct Rows {
         for (int64_t i = 0; i < s.K; i++) {
           const int64_t k = order == BY_TAP ? i % s.Cg * s.T + i / s.Cg : i;
           const int32_t *d = of_group + 2 * k;
-          if (alive(d) && (order != BY_SHIFT || d[0] == ys.data[pass])) add(k / s.T, k, d);
+          if (alive(s, d) && (order != BY_SHIFT || d[0] == ys.data[pass])) add(k / s.T, k, d);
         }
       }
     }
