@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import widerf
-from widerf.layers import check_unit, spatial_layer
-from widerf.prediction import expected_energy
+from widerf.erf.prediction import expected_energy
+from widerf.trace.site import check_unit, spatial_layer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 ROADS = ("measured", "predicted")

@@ -29,7 +29,8 @@ def build() -> nn.Module:
 def times() -> list[tuple[float, float]]:
     """Return seconds of (``create_model``, ``apply`` on that model), in turn; cvxpy is loaded and warm before."""
     import widerf
-    from widerf import convolutions, profile
+    from widerf import profile
+    from widerf.convolutions import convolution as convolutions
 
     widerf.init.apply(build(), 0.3)
     found = []

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 import widerf
 from experiments.data import default_dir
-from widerf.jackknife import jackknife_error
-from widerf.layers import spatial_layer
+from widerf.erf.jackknife import jackknife_error
+from widerf.trace.site import spatial_layer
 
 TARGET = 0.02
 FEW, MANY = 8, 24

@@ -18,7 +18,7 @@ from torch import nn
 
 import widerf
 from experiments.agreement import timm_model
-from widerf.erf import ClippedWarning
+from widerf.errors import ClippedWarning
 
 WANTED = 0.01
 

@@ -14,7 +14,8 @@ import torch
 from experiments.harness import Record, write_whole
 from experiments.tasks import Task
 from experiments.verdict import Row, Verdict, cells
-from widerf import ERF, plot
+from widerf import ERF
+from widerf.erf import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from experiments.data import default_dir
 from experiments.harness import InputError, machine
-from widerf import ERF, measure, plot
-from widerf.erf import ClippedWarning
+from widerf import ERF, measure
+from widerf.erf import plot
+from widerf.errors import ClippedWarning
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SIZE = (352, 480)  # all of a frame but 8 rows: both are multiples of the last map's jump

@@ -31,7 +31,7 @@ def look_at(small: SmallModel, samples: int = SAMPLES) -> dict[str, Any]:
     import torch
 
     import widerf
-    from widerf.layers import spatial_layer
+    from widerf.trace.site import spatial_layer
 
     row: dict[str, Any] = {"module": small.module, "model": small.name, "parameters": small.parameters}
     row["input"] = "×".join(map(str, small.input_size))
@@ -135,7 +135,7 @@ def _remarks(rows: list[dict[str, str]], both: list[dict[str, str]]) -> list[str
         lines += [
             "  Not treated are what attention and group norms make common to all positions, and correlations in",
             "  branches without weights (PoolFormer's pool(x) − x, the quotient of linear attention); see",
-            "  `widerf.energy`.",
+            "  `widerf.erf.energy`.",
         ]
     if missing:
         lines += [f"- Not run yet: {', '.join(missing)}."]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import widerf
 from experiments.harness import Record, autocast
 from experiments.tasks import Task
-from widerf.erf import ClippedWarning, DeadUnitError
+from widerf.errors import ClippedWarning, DeadUnitError
 
 
 @dataclass

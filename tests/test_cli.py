@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from widerf.cli import main
-from widerf.loading import load_model
+from widerf.cli.commands import main
+from widerf.cli.loading import load_model
 
 
 def net() -> nn.Module:

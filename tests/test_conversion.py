@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import widerf
 from tests.reference import fingerprint
 from widerf import SparseConv2d, convert, densify
-from widerf.windows import automatic_extent
+from widerf.conversion.windows import automatic_extent
 
 
 class Block(nn.Module):
@@ -92,7 +92,7 @@ def test_stem_first_stage_1x1_and_patchify_stay_dense_and_multiplications_stay()
     assert report["stage3.1.conv1"].extent == automatic_extent((3, 3), (8, 8)) == (5, 5)
 
 
-@pytest.mark.filterwarnings("ignore::widerf.erf.ClippedWarning")
+@pytest.mark.filterwarnings("ignore::widerf.errors.ClippedWarning")
 def test_the_predicted_erf_is_that_of_the_two_models() -> None:
     net = Net()
     before = widerf.predict(net, (3, 64, 64)).std

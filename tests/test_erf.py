@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import uniform_stack
-from widerf.border import clipped_share
-from widerf.erf import ERF, ClippedWarning
+from widerf.erf.border import clipped_share
+from widerf.erf.map import ERF
+from widerf.errors import ClippedWarning
 
 
 def centred(energy: Tensor, **more: object) -> ERF:

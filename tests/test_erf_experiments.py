@@ -12,7 +12,7 @@ from experiments import bench_measure, real_weights, timm_erf
 from experiments.harness import InputError
 from experiments.timm_models import SmallModel, input_sizes, read, small_models
 from tests.reference import uniform_stack
-from widerf.erf import ERF
+from widerf.erf.map import ERF
 
 
 def test_the_list_has_one_model_per_module_of_timm() -> None:

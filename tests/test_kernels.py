@@ -14,9 +14,9 @@ from torch import Tensor
 
 import widerf
 from tests.reference import scattered_convolution
-from widerf import SparseConv1d, SparseConv2d, SparseConv3d, columns, kernels
-from widerf.kernels import cpu
-from widerf.layout import read_plan
+from widerf import SparseConv1d, SparseConv2d, SparseConv3d, kernels
+from widerf.kernels import columns, cpu
+from widerf.kernels.plan import read_plan
 
 OPERATORS = torch.ops.widerf
 

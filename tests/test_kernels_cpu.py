@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widerf.kernels import cpu
-from widerf.layout import Plan, make_layout
+from widerf.kernels.plan import Plan, make_layout
 
 SOURCES = Path(cpu.__file__).parent / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")

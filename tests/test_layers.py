@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference import fingerprint
-from widerf.layers import check_input_size, check_unit, spatial_layer
+from widerf.trace.site import check_input_size, check_unit, spatial_layer
 
 
 class Pick(nn.Module):
@@ -110,7 +110,7 @@ def test_tensors_without_content_show_the_same_layer(name: str, monkeypatch: pyt
     def refuse(*_: object) -> None:
         raise RuntimeError("no pass without content")
 
-    monkeypatch.setattr("widerf.layers.functional_call", refuse)
+    monkeypatch.setattr("widerf.trace.site.functional_call", refuse)
     assert spatial_layer(model, (3, 96, 96) if name != "test_vit" else (3, 160, 160)) == quick
 
 

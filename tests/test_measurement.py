@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.reference import energy, fingerprint, uniform_stack
-from widerf.erf import ClippedWarning
-from widerf.measurement import measure
-from widerf.prediction import predict
+from widerf.erf.measurement import measure
+from widerf.erf.prediction import predict
+from widerf.errors import ClippedWarning
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -123,7 +123,7 @@ def test_two_sigma_sizes_of_uniform_stacks_lie_in_their_intervals(layers: int) -
 def test_the_95_per_cent_interval_covers_the_truth_in_90_to_99_per_cent_of_200_repetitions() -> None:
     model = plain(3)
     exact = energy(model, torch.zeros(1, 2, 9, 9, dtype=torch.float64), (4, 4))
-    from widerf.erf import ERF
+    from widerf.erf.map import ERF
 
     truth = ERF.from_energy(exact, center=(4, 4), trf_size=(7, 7))
     hits = {"std": 0, "excess_kurtosis": 0}

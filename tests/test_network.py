@@ -11,10 +11,11 @@ from torch import nn
 
 import widerf
 from tests.reference import fingerprint
-from widerf.advice import silent_branches, undone
-from widerf.convolutions import find_kernels
-from widerf.network import find_places, sensitivity
-from widerf.target import weigh
+from widerf.convolutions.branches import silent_branches, undone
+from widerf.convolutions.places import find_places
+from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.sensitivity import sensitivity
+from widerf.init.target import weigh
 
 
 def jumps(model: nn.Module, size: tuple[int, ...]) -> dict[str, tuple[float, ...] | None]:

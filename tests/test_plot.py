@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.reference import uniform_stack
-from widerf import plot
-from widerf.erf import ERF
+from widerf.erf import plot
+from widerf.erf.map import ERF
 
 
 def erf_of(rank: int, layers: int = 4, trf: bool = True) -> ERF:

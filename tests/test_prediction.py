@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from tests.reference import fingerprint
 from widerf import SparseConv2d, measure, predict, receptive_field
-from widerf.energy import backpropagate
-from widerf.layers import spatial_layer
-from widerf.prediction import expected_energy
-from widerf.sandbox import untouched
-from widerf.tape import UntreatedOperatorError
-from widerf.trace import record
+from widerf.erf.energy import backpropagate
+from widerf.erf.prediction import expected_energy
+from widerf.errors import UntreatedOperatorError
+from widerf.trace.recorder import record
+from widerf.trace.sandbox import untouched
+from widerf.trace.site import spatial_layer
 
 
 def energy_of(model: nn.Module, image: Tensor, unit: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.reference import fingerprint
-from widerf.sandbox import untouched
+from widerf.trace.sandbox import untouched
 
 
 class Whimsical(nn.Module):

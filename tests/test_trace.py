@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.reference import fingerprint
-from widerf.layers import spatial_layer
-from widerf.sandbox import untouched
-from widerf.tape import Tape
-from widerf.trace import record
+from widerf.trace.recorder import record
+from widerf.trace.sandbox import untouched
+from widerf.trace.site import spatial_layer
+from widerf.trace.tape import Tape
 
 
 def taped(model: nn.Module, image: Tensor, layer: str | None = None) -> Tape:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.reference import fingerprint
 from widerf import ERFTracker, measure
-from widerf.tracker import coarse
+from widerf.erf.tracker import coarse
 
 
 def network() -> nn.Sequential:

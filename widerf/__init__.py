@@ -7,31 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widerf import functional, init, kernels, patterns, profile
-    from widerf.conversion import convert, densify
-    from widerf.erf import ERF
-    from widerf.init import InitReport, LayerChange
-    from widerf.measurement import measure
-    from widerf.prediction import predict
-    from widerf.receptive import ReceptiveField, receptive_field
-    from widerf.sparse import SparseConv1d, SparseConv2d, SparseConv3d
-    from widerf.tracker import ERFTracker
+    from widerf.conversion.swap import convert, densify
+    from widerf.erf.map import ERF
+    from widerf.erf.measurement import measure
+    from widerf.erf.prediction import predict
+    from widerf.erf.receptive import ReceptiveField, receptive_field
+    from widerf.erf.tracker import ERFTracker
+    from widerf.init.report import InitReport, LayerChange
+    from widerf.sparse.ranks import SparseConv1d, SparseConv2d, SparseConv3d
 
 # Public name -> the module that holds it, loaded when first asked for: `import widerf` costs what `import torch` does.
 # No module bears the name of a function: importing it would hide the function.
 _HOME = {
-    "ERF": "erf",
-    "ERFTracker": "tracker",
+    "ERF": "erf.map",
+    "ERFTracker": "erf.tracker",
     "InitReport": "init",
     "LayerChange": "init",
-    "ReceptiveField": "receptive",
-    "SparseConv1d": "sparse",
-    "SparseConv2d": "sparse",
-    "SparseConv3d": "sparse",
-    "convert": "conversion",
-    "densify": "conversion",
-    "measure": "measurement",
-    "predict": "prediction",
-    "receptive_field": "receptive",
+    "ReceptiveField": "erf.receptive",
+    "SparseConv1d": "sparse.ranks",
+    "SparseConv2d": "sparse.ranks",
+    "SparseConv3d": "sparse.ranks",
+    "convert": "conversion.swap",
+    "densify": "conversion.swap",
+    "measure": "erf.measurement",
+    "predict": "erf.prediction",
+    "receptive_field": "erf.receptive",
 }
 _MODULES = ("functional", "init", "kernels", "patterns", "profile")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from widerf._checks import require, require_known
 from widerf.geometry import ntuple
 from widerf.kernels.op import convolve, memory_format
-from widerf.layout import Layout, Taps, make_layout
+from widerf.kernels.plan import Layout, Taps, make_layout
 
 Size = int | Sequence[int]
 

@@ -176,3 +176,13 @@ class Report(Sequence[Row], Generic[Row]):
         target = Path(path)
         written = {".html": self._repr_html_, ".json": self.to_json}.get(target.suffix, self.__str__)()
         target.write_text(written + "\n", encoding="utf-8")
+
+
+def listed(names: Sequence[str], limit: int = 4) -> str:
+    """Return the first names and how many there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b, … (3 in all)'
+    """
+    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from widerf.layout import Plan, read_plan
+from widerf.kernels.plan import Plan, read_plan
 
 VARIABLE = "WIDERF_KERNELS"  # environment variable that overrides the choice
 SETS = ("avx512", "avx2", "plain")  # instruction sets, best first

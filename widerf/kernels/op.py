@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from widerf import columns, kernels
-from widerf.kernels import cpu
-from widerf.layout import Layout, Plan, read_plan, slices
+from widerf import kernels
+from widerf.kernels import columns, cpu
+from widerf.kernels.plan import Layout, Plan, read_plan, slices
 
 _library: Any = torch.library.Library("widerf", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (

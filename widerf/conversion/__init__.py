@@ -1,0 +1,1 @@
+"""A whole model to sparse convolutions and back."""

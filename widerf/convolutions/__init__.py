@@ -1,0 +1,1 @@
+"""The convolutions of a model: facts only, nothing is changed here."""

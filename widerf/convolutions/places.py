@@ -1,0 +1,98 @@
+"""Where each convolution stands in the network: its jump, the maps before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widerf.convolutions.convolution import Kernel
+from widerf.trace.recorder import record
+from widerf.trace.sandbox import untouched
+from widerf.trace.site import probe_input, spatial_layer
+from widerf.trace.tape import Step, Tape
+
+_NEARLY = 1.4  # ratio of neighbouring map sizes below which a map was cropped or padded, not resampled
+
+
+@dataclass(frozen=True)
+class Place:
+    """One convolution in the network, at its first call.
+
+    Attributes:
+        jump: input pixels of the network between neighbouring units of the layer's input; ``None`` off the path to
+            the map.
+        before: spatial shape of the layer's input.
+        after: spatial shape of its output.
+    """
+
+    jump: tuple[float, ...] | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def find_places(model: nn.Module, input_size: Sequence[int], kernels: Sequence[Kernel]) -> dict[str, Place]:
+    """Return the place of each convolution on the way to the last spatial map, in the order in which they run.
+
+    One forward pass in a sandbox; the model comes back as it was.
+    """
+    site = spatial_layer(model, input_size)
+    before: dict[str, tuple[int, ...]] = {}
+    after: dict[str, tuple[int, ...]] = {}
+
+    def note(kernel: Kernel) -> None:
+        def enter(_: nn.Module, inputs: Any) -> None:
+            before.setdefault(kernel.name, tuple(inputs[0].shape[-kernel.rank :]))
+
+        def leave(_: nn.Module, __: Any, output: Tensor) -> None:
+            after.setdefault(kernel.name, tuple(output.shape[-kernel.rank :]))
+
+        kernel.module.register_forward_pre_hook(enter)
+        kernel.module.register_forward_hook(leave)
+
+    with untouched(model), torch.no_grad():
+        for kernel in kernels:
+            note(kernel)
+        tape = record(model, probe_input(model, input_size, batch=1), site)
+    jumps = _jumps(tape)
+    # The recording ends inside the layer that makes the map, before its hook.
+    return {name: Place(jumps.get(name), size, after.get(name, site.shape[1:])) for name, size in before.items()}
+
+
+def _jumps(tape: Tape) -> dict[str, tuple[float, ...]]:
+    """Return the jump of each convolution's input, by module name, as strides and map sizes tell it."""
+    image = tape.values[0].shape[2:]
+    rank = len(image)
+    known: dict[int, tuple[float, ...]] = {0: (1.0,) * rank}
+    found: dict[str, tuple[float, ...]] = {}
+    for step in tape.needed():
+        shapes = {value: tuple(tape.values[value].shape) for value in step.inputs.values()}
+        maps = [value for value, shape in shapes.items() if len(shape) == rank + 2]
+        if step.name == "convolution" and maps:
+            guess = tuple(max(1.0, round(n / m)) for n, m in zip(image, shapes[maps[0]][2:], strict=True))
+            known.setdefault(maps[0], guess)  # behind tokens or other layouts: from the sizes
+            found.setdefault(step.module, known[maps[0]])
+        source = next((value for value in maps if value in known), None)
+        for out in step.outputs:
+            if source is not None and out is not None and len(tape.values[out].shape) == rank + 2:
+                ratio = _ratio(step, tape, shapes[source][2:], tuple(tape.values[out].shape[2:]))
+                known[out] = tuple(jump * r for jump, r in zip(known[source], ratio, strict=True))
+    return found
+
+
+def _ratio(step: Step, tape: Tape, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, ...]:
+    """Return by how much a step multiplies the jump."""
+    if step.name == "convolution" or ("pool" in step.name and "adaptive" not in step.name):
+        arguments = step.arguments(tape.values)
+        stride = [float(s) for s in arguments["stride"]] or [float(k) for k in arguments["kernel_size"]]
+        stride = stride * len(before) if len(stride) == 1 else stride
+        return tuple(1.0 / s if arguments.get("transposed") else s for s in stride)
+    ratios = []
+    for n, m in zip(before, after, strict=True):
+        ratio = n / max(m, 1)
+        snapped = round(ratio) if ratio >= 1 else 1.0 / round(1.0 / ratio) if ratio > 0 else 1.0
+        ratios.append(1.0 if 1 / _NEARLY < ratio < _NEARLY else float(snapped))
+    return tuple(ratios)

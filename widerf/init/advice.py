@@ -1,0 +1,100 @@
+"""What a practitioner ought to know before he waits for a wider receptive field: the warnings of the initialiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from widerf.convolutions.branches import silent_branches
+from widerf.convolutions.convolution import Kernel
+from widerf.init.plan import Step
+from widerf.init.report import LayerChange
+from widerf.report import listed
+
+_STRONG = 0.75
+_BORDER = 0.10
+# Verdicts that call for a warning: how they begin, and what is said of the layers.
+_BY_VERDICT = (
+    (
+        "left alone: empty periphery",
+        "have an empty periphery, as Dirac or delta-orthogonal kernels do; base= draws them anew",
+    ),
+    ("left alone: all its weights are zero", "hold only zeros"),
+    ("left alone: its weights are not finite", "hold NaN or infinity"),
+    (
+        "left alone: at strength 1",
+        "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
+    ),
+    ("left alone: parametrised", "are parametrised in a way that does not keep a profile"),
+    ("left alone: its weight is not", "compute their weight in a way that widerf does not know"),
+    ("frozen", "are frozen and were left alone; name them in only= to change them"),
+)
+
+
+def of_scale(largest: float) -> str:
+    """Return what is said of scales whose largest entry is ``largest``."""
+    return "have scale 0" if largest == 0 else f"have scale {largest:g} at most"
+
+
+def _foreign(kernels: Sequence[Kernel]) -> list[str]:
+    """Return layers whose class has a forward of its own, which may do more than convolve with ``weight``."""
+    names = []
+    for kernel in kernels:
+        home = next(cls for cls in type(kernel.module).__mro__ if "forward" in vars(cls))
+        if not home.__module__.startswith(("torch.", "timm.layers.", "widerf.")):
+            names.append(kernel.name)
+    return names
+
+
+def warnings_of(model: nn.Module, steps: Sequence[Step], rows: Sequence[LayerChange]) -> Iterator[str]:
+    """Yield the warnings of a report, gravest first."""
+    widened = [row.name for row in rows if row.widened]
+    chosen = [step.kernel for step in steps if step.shape is not None]
+    silent = silent_branches(model) if chosen else {}
+    if silent:
+        yield (
+            f"residual branches are silent at initialisation: {listed(list(silent))} {of_scale(max(silent.values()))}. "
+            "What is widened inside them does not move the network's ERF until training wakes them "
+            "(timm: zero_init_last=False, ls_init_value=1.0)."
+        )
+    for start, said in _BY_VERDICT:
+        names = [row.name for row in rows if row.verdict.startswith(start)]
+        if names:
+            yield f"{listed(names)} {said}."
+    partly = [row.name for row in rows if "undone in part" in row.verdict]
+    if partly:
+        yield f"{listed(partly)}: narrower branches of the same block put the energy back on the centre tap."
+    foreign = [name for name in _foreign(chosen) if name in widened]
+    if foreign:
+        yield f"{listed(foreign)}: the class has a forward of its own; its weight is taken to be the kernel as it is."
+    yield from _of_strength(steps, rows)
+
+
+def _of_strength(steps: Sequence[Step], rows: Sequence[LayerChange]) -> Iterator[str]:
+    stale = [step.kernel.name for step in steps if "stale" in step.remarks]
+    if stale:
+        yield (
+            f"{listed(stale)}: widened by an earlier call and changed since (trained, loaded or drawn anew), so what "
+            "is there was widened once more."
+        )
+    wide = [step.kernel.name for step in steps if "wide" in step.remarks and "stale" not in step.remarks]
+    if wide:
+        yield (
+            f"{listed(wide)}: wider than uniform weights before this call, as if widened already or trained; "
+            "widened from there. Pass base= to start afresh."
+        )
+    strong = [row.name for row in rows if row.strength is not None and row.strength > _STRONG]
+    if strong:
+        yield (
+            f"strength above {_STRONG:g} in {listed(strong)}: the inner taps are nearly empty, and at 1 only every "
+            "second pixel is reached; the ERF's std still grows, but fewer pixels are seen and the map aliases."
+        )
+    borders = [(row.border_after, row.border_before, row.name) for row in rows if row.border_after is not None]
+    lost = [(after, before or 0.0, name) for after, before, name in borders if after is not None and after > _BORDER]
+    if lost:
+        after, before, name = max(lost)
+        yield (
+            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {len(lost)} layers, most in {name}: "
+            f"{after:.0%} (before: {before:.0%})."
+        )

@@ -1,0 +1,84 @@
+"""Planning: what each convolution is to get, or why it is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from widerf.convolutions.convolution import Kernel
+from widerf.init.draws import Base
+from widerf.init.weights import Held, hold, is_frozen, without_values
+
+
+@dataclass
+class Step:
+    """One planned change.
+
+    Attributes:
+        kernel: the layer.
+        held: how it keeps its weight; ``None`` if widerf does not know.
+        shape: wanted energies relative to a uniform kernel; ``None`` to leave the taps as they are.
+        strength: of ``shape``.
+        verdict: what to say if all goes well.
+        drawn: whether ``base`` draws the weight anew.
+        remarks: what turned up on the way and concerns the whole report: subject → detail.
+    """
+
+    kernel: Kernel
+    held: Held | None
+    verdict: str
+    shape: Tensor | None = None
+    strength: float | None = None
+    drawn: bool = False
+    remarks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the change cannot be made now, though it should."""
+        due = self.held is not None and (self.shape is not None or self.drawn)
+        return without_values(self.held) if due and self.held is not None else None
+
+
+def plan(
+    kernels: list[Kernel],
+    chosen: set[str],
+    named: bool,
+    shapes: Callable[[Kernel], tuple[Tensor, float] | str],
+    base: Base,
+) -> list[Step]:
+    """Return what to do with each layer; nothing is changed yet.
+
+    Args:
+        kernels: all convolutions of the model.
+        chosen: names of those that may be changed.
+        named: whether the user named them: only then are frozen layers among them changed.
+        shapes: gives the wanted relative energies and the strength of a kernel, or why it is left alone.
+        base: ``None`` or what draws the weights.
+    """
+    steps, owners = [], dict[object, str]()
+    for kernel in kernels:
+        held = hold(kernel)
+        step = Step(kernel, None if isinstance(held, str) else held, "not selected")
+        steps.append(step)
+        if kernel.name not in chosen:
+            continue
+        if isinstance(held, str):
+            step.verdict = f"left alone: {held}"
+            continue
+        owner = owners.setdefault(held.storage(), kernel.name)
+        reason = kernel.nothing_to_gain()
+        if owner != kernel.name:
+            step.verdict = f"tied to {owner}: changed there, once"
+        elif is_frozen(held) and not named:
+            step.verdict = "frozen (requires_grad is False): name it in only= to change it"
+        elif reason is not None:
+            step.verdict, step.drawn = reason, base is not None
+        else:
+            step.drawn, wanted = base is not None, shapes(kernel)
+            if isinstance(wanted, str):
+                step.verdict = wanted
+            else:
+                (step.shape, step.strength), step.verdict = wanted, "widened"
+    return steps

@@ -1,0 +1,160 @@
+"""What a stack of sparse layers reaches: the sum of its tap patterns, holes, width and sidelobes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from widerf._checks import require
+
+if TYPE_CHECKING:
+    from widerf.erf.map import ERF
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Where the paths of a stack of layers end, and how evenly.
+
+    Attributes:
+        energy: float64, one axis per spatial axis, sums to 1: the share of the expected ERF energy at initialisation
+            that each cell of the bounding box gets (equation 8 of Luo et al. 2016: the convolution of the layers' tap
+            profiles).
+        low: offset of the first cell of ``energy`` from the unit.
+    """
+
+    energy: Tensor
+    low: tuple[int, ...]
+
+    @property
+    def holes(self) -> int:
+        """Cells of the bounding box that no path reaches."""
+        return int((self.energy == 0).sum())
+
+    @property
+    def reached(self) -> int:
+        """Cells that some path reaches."""
+        return int((self.energy > 0).sum())
+
+    @property
+    def side(self) -> int:
+        """Side of the largest square (cube) without a hole."""
+        solid, side = self.energy > 0, 0
+        while solid.any():  # eroded by one cell each time
+            side += 1
+            for axis in range(solid.dim()):
+                n = solid.shape[axis] - 1
+                solid = solid.narrow(axis, 0, n) & solid.narrow(axis, 1, n)
+        return side
+
+    def _moments(self, power: int) -> list[Tensor]:
+        """Central moments of the energy along each axis."""
+        moments = []
+        for axis, n in enumerate(self.energy.shape):
+            others = [a for a in range(self.energy.dim()) if a != axis]
+            share = self.energy.sum(others) if others else self.energy
+            x = torch.arange(n, dtype=torch.float64)
+            moments.append((share * (x - (share * x).sum()) ** power).sum())
+        return moments
+
+    @property
+    def std(self) -> float:
+        """Root of the mean of the axis variances, in pixels."""
+        return float(torch.stack(self._moments(2)).mean().sqrt())
+
+    @property
+    def std_per_axis(self) -> tuple[float, ...]:
+        """Standard deviation along each axis, in pixels."""
+        return tuple(float(v.sqrt()) for v in self._moments(2))
+
+    @property
+    def excess_kurtosis(self) -> float:
+        """Mean over the axes of μ₄/σ⁴ − 3: 0 for a Gaussian, −1.2 for a flat square; NaN without any width."""
+        pairs = zip(self._moments(4), self._moments(2), strict=True)
+        return float(torch.stack([m4 / m2**2 - 3 for m4, m2 in pairs if m2 > 0] or [torch.tensor(torch.nan)]).mean())
+
+    @property
+    def sidelobe(self) -> float:
+        """Largest gain of the energy map, as a filter, outside its main lobe.
+
+        ``max |ĥ(f)|`` over ``Σ_i 12·(σ_i f_i)² > 1``, with ĥ(0) = 1. A flat square of side S has its first null on that
+        ellipse, and a sidelobe of 0.22; a dilated grid answers 1.0 at f = 1/spacing: it cannot tell some patterns
+        from a flat image. The frequencies are sampled at eight points per 1/side or finer.
+        """
+        size = [1 << (8 * n - 1).bit_length() if n > 1 else 1 for n in self.energy.shape]
+        gain = torch.fft.fftn(self.energy, s=size).abs()
+        away = torch.zeros(size, dtype=torch.float64)
+        for axis, (n, variance) in enumerate(zip(size, self._moments(2), strict=True)):
+            f = torch.fft.fftfreq(n, dtype=torch.float64).square() * 12 * variance
+            away += f.view([-1 if a == axis else 1 for a in range(len(size))])
+        return float(gain[away > 1].max()) if bool((away > 1).any()) else 0.0
+
+    def erf(self) -> ERF:
+        """Return the energy map as an `ERF`, about the unit, with all its figures and plots."""
+        from widerf.erf.map import ERF
+
+        return ERF.from_energy(self.energy, center=[float(-n) for n in self.low], clipped=0.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{'×'.join(map(str, self.energy.shape))} cells, {self.holes} holes, hole-free side {self.side}, "
+            f"std {self.std:.2f}, excess kurtosis {self.excess_kurtosis:.2f}, sidelobe {self.sidelobe:.3f}"
+        )
+
+
+def _check(list_of_offsets: Sequence[Tensor], jumps: Sequence[int]) -> int:
+    require(len(list_of_offsets) >= 1, "list_of_offsets", "hold at least one layer", [])
+    rule = "hold integer tensors (groups, taps, D) of one D"
+    ranks = set()
+    for offsets in list_of_offsets:
+        fine = isinstance(offsets, Tensor) and offsets.dim() == 3 and not offsets.is_floating_point()
+        require(fine and offsets.numel() > 0, "list_of_offsets", rule, offsets, TypeError)
+        ranks.add(offsets.shape[-1])
+    require(len(ranks) == 1, "list_of_offsets", rule, sorted(ranks))
+    require(len(jumps) == len(list_of_offsets), "jumps", f"hold {len(list_of_offsets)} integers", list(jumps))
+    require(all(isinstance(j, int) and j >= 1 for j in jumps), "jumps", "hold positive integers", list(jumps))
+    return int(ranks.pop())
+
+
+def coverage(list_of_offsets: Sequence[Tensor], jumps: Sequence[int] | None = None) -> Coverage:
+    """Work out which pixels a unit on top of a stack of layers reaches, and with what share of the energy.
+
+    Each layer spreads the energy evenly over its pattern groups and their taps, h_l = mean over groups of 1/taps at
+    each tap, and A = h_1 ∗ … ∗ h_n. Sums of positive numbers only: a cell is exactly zero if and only if no path ends
+    there.
+
+    Args:
+        list_of_offsets: offsets (groups, taps, D) of each layer, from the input on; groups count as equally many
+            channels.
+        jumps: pixels between neighbouring offsets of each layer (jump × dilation); default 1 everywhere.
+
+    Returns:
+        the `Coverage` of the stack.
+
+    Raises:
+        TypeError: if the offsets are not integer tensors.
+        ValueError: if their ranks differ, or there is not one positive jump per layer.
+
+    Example:
+        >>> from widerf.patterns import grid, dense_taps
+        >>> print(coverage([grid(3, 5), grid(3, 5)]))
+        9×9 cells, 56 holes, hole-free side 1, std 2.31, excess kurtosis -0.75, sidelobe 1.000
+        >>> print(coverage([dense_taps(3)[None], grid(3, 7)]))  # spacings 1 and 3 tile 9×9
+        9×9 cells, 0 holes, hole-free side 9, std 2.58, excess kurtosis -1.23, sidelobe 0.22...
+    """
+    jumps = [1] * len(list_of_offsets) if jumps is None else list(jumps)
+    rank = _check(list_of_offsets, jumps)
+    energy, low = torch.ones([1] * rank, dtype=torch.float64), [0] * rank
+    for offsets, jump in zip(list_of_offsets, jumps, strict=True):
+        taps, counts = torch.unique((offsets.cpu() * jump).flatten(0, 1), dim=0, return_counts=True)
+        first = taps.amin(0)
+        size = [n + int(s) for n, s in zip(energy.shape, taps.amax(0) - first, strict=True)]
+        wider = torch.zeros(size, dtype=torch.float64)
+        for tap, count in zip((taps - first).tolist(), counts.tolist(), strict=True):
+            place = tuple(slice(a, a + n) for a, n in zip(tap, energy.shape, strict=True))
+            wider[place] += energy * (count / (offsets.shape[0] * offsets.shape[1]))
+        energy, low = wider, [a + int(b) for a, b in zip(low, first, strict=True)]
+    return Coverage(energy, tuple(low))

@@ -1,0 +1,119 @@
+"""What a recording of a forward pass is: which operator made which tensor out of which, and in which module.
+
+:func:`widerf.trace.recorder.record` takes it. Two readings of it exist: :func:`widerf.receptive_field` walks it
+forwards with coordinates, :func:`widerf.predict` walks it backwards with energies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from widerf.errors import UntreatedOperatorError
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operator of the recording.
+
+    Attributes:
+        op: the aten operator, without side effects on tensors that depend on the input.
+        leaves: its arguments, flattened; in place of a tensor that depends on the input stands ``None``.
+        spec: how to put the leaves together again.
+        inputs: position among the leaves → identity of the value.
+        outputs: identity of each output; ``None`` for what has no derivative (integers, masks).
+        module: name of the innermost module whose forward ran.
+    """
+
+    op: Any
+    leaves: tuple[Any, ...]
+    spec: Any
+    inputs: Mapping[int, int]
+    outputs: tuple[int | None, ...]
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Name of the operator without namespace and overload, e.g. ``"convolution"``."""
+        return operator_name(self.op)
+
+    def arguments(self, values: Mapping[int, Any] | list[Any]) -> dict[str, Any]:
+        """Arguments by name, defaults filled in; ``values`` gives what stands for each value."""
+        leaves = list(self.leaves)
+        for position, value in self.inputs.items():
+            leaves[position] = values[value]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        named: dict[str, Any] = {}
+        for index, argument in enumerate(self.op._schema.arguments):
+            default = argument.default_value if argument.has_default_value() else None
+            named[argument.name] = args[index] if index < len(args) else kwargs.get(argument.name, default)
+        return named
+
+    def call(self, leaves: Mapping[int, Any]) -> tuple[Any, ...]:
+        """Run the operator with other tensors at the positions of the tracked leaves; return its outputs as a tuple."""
+        filled = list(self.leaves)
+        for position, tensor in leaves.items():
+            filled[position] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        if self.name == "copy":  # torch knows no derivative of it
+            return (args[1].to(args[0].dtype).expand_as(args[0]),)
+        return tuple(pytree.tree_flatten(self.op(*args, **kwargs))[0])
+
+    def untreated(self, purpose: str) -> UntreatedOperatorError:
+        """The error for an operator that ``purpose`` has no rule for."""
+        return UntreatedOperatorError(f"{purpose} has no rule for operator {self.op} in module {self.module!r}")
+
+
+def transposed_jacobian(
+    step: Step, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """Jᵀ times a cotangent per output, at the given inputs: position of a leaf → product."""
+    with torch.enable_grad():
+        tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
+        outs = step.call(tensors)
+        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(tensors.values()),
+            [c.expand_as(o) for o, c in pairs],
+            allow_unused=True,
+            create_graph=any(c.requires_grad for _, c in pairs),  # the product itself may be differentiated
+        )
+    return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
+
+
+@dataclass
+class Tape:
+    """The operators of one forward pass in order, with the tensors that went through them.
+
+    Attributes:
+        steps: the operators that depend on the input, in the order in which they ran.
+        values: each value's tensor; the input is value 0.
+        target: identity of the map, laid out as (batch, channels, *spatial).
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    target: int = -1
+
+    def needed(self) -> list[Step]:
+        """The steps that lie on a path from the input to the map, in order."""
+        alive = {self.target}
+        steps = []
+        for step in reversed(self.steps):
+            if any(out in alive for out in step.outputs):
+                alive.update(step.inputs.values())
+                steps.append(step)
+        return steps[::-1]
+
+
+def operator_name(op: Any) -> str:
+    """Return an operator's name without namespace and overload."""
+    return str(op._schema.name).split("::")[1]
