@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.sparse_layers import image, make, right
+from tests.sparse.layers import image, make, right
 from widerf import SparseConv2d, patterns
 from widerf.functional import sparse_conv2d
 

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not there; ``python -m tests.offline`` prints what they need."""
+"""Compile the Triton kernels for GPUs that are not there; ``python -m tests.kernels.offline`` prints what they need."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import offline
-from tests.interpreted import Case, begin, errors
+from tests.kernels import offline
+from tests.kernels.interpreted import Case, begin, errors
 from widerf.kernels import cuda
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -103,7 +103,7 @@ def test_interpreted_kernels_agree_on_layers_drawn_at_random(seed: int, interpre
 
 def test_a_tap_in_the_wrong_place_would_be_seen() -> None:
     """The bounds above tell kernels apart that differ by one row: they are not met by any numbers of that size."""
-    from tests.interpreted import problem
+    from tests.kernels.interpreted import problem
     from tests.reference import scattered_convolution
 
     x, weight, offsets, _ = problem(CASES["wide and narrow runs"])

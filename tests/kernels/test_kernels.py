@@ -227,7 +227,7 @@ def test_the_environment_decides_at_the_start() -> None:
 
 INTERPRETED = """
 import torch
-from tests.test_kernels import case
+from tests.kernels.test_kernels import case
 from widerf.kernels import op
 from widerf.layout import read_plan
 from widerf import columns

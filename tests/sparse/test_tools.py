@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.sparse_layers import image, make, right, twin_of
+from tests.sparse.layers import image, make, right, twin_of
 from widerf import SparseConv1d, SparseConv2d, SparseConv3d, densify
 
 # ── numbers, layouts, compilers
