@@ -1,1 +1,1 @@
-"""Experiments that hold widerf against its rivals; one file per claim, ``python -m experiments.NAME --help``."""
+"""Experiments that hold widerf against its rivals: one package a question, ``python -m experiments.NAME --help``."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import widerf
-from experiments.timm_models import SmallModel, read
+from experiments.timm.models import SmallModel, read
 from tests.reference import fingerprint
 
 _QUICK = 400_000  # parameters

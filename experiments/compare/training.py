@@ -1,0 +1,119 @@
+"""Train one network of one arm and look at it: accuracy, steps to the target, ERF before and after."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import widerf
+from experiments.compare.tasks import Task
+from experiments.harness.device import autocast
+from experiments.harness.runs import Record
+from widerf.errors import ClippedWarning, DeadUnitError
+
+
+@dataclass
+class Curve:
+    """Validation accuracy against steps, and the first step at which it was at the target (None: never)."""
+
+    steps: list[int]
+    accuracy: list[float]
+    loss: list[float]
+    steps_to_target: int | None = None
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    """Share of images classified right, in eval mode."""
+    net.eval()
+    right = 0
+    with autocast(device):
+        for x, y in zip(images.split(500), labels.split(500), strict=True):
+            right += int((net(x.to(device)).argmax(1).cpu() == y).sum())
+    net.train()
+    return right / len(labels)
+
+
+def train(net: nn.Module, task: Task, seed: int, device: torch.device) -> Curve:
+    """Train with Adam on the batches of ``seed``.
+
+    The learning rate falls by a half cosine over ``task.steps``; it stays where it is if the run ends at the target.
+    """
+    optimizer = torch.optim.Adam(net.parameters(), task.lr)
+    floor = task.lr if task.stop_at_target else 0.0
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps, eta_min=floor)
+    curve = Curve([], [], [])
+    net.train()
+    for step, (x, y) in zip(range(1, task.steps + 1), task.batches(seed), strict=False):
+        with autocast(device):
+            loss = F.cross_entropy(net(x.to(device)), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % task.every == 0 or step == task.steps:
+            curve.steps.append(step)
+            curve.loss.append(loss.item())
+            curve.accuracy.append(accuracy(net, *task.validation, device))
+            if curve.steps_to_target is None and curve.accuracy[-1] >= task.target:
+                curve.steps_to_target = step
+                if task.stop_at_target:
+                    break
+    return curve
+
+
+def erf_of(net: nn.Module, task: Task, seed: int, samples: int) -> widerf.ERF | None:
+    """Measure the ERF of the centre unit of the last map, on real images or on N(0, 1); None if the unit is dead."""
+    device = next(net.parameters()).device
+    inputs = task.erf_inputs[:samples].to(device) if task.erf_inputs is not None else None
+    generator = torch.Generator(device).manual_seed(seed)
+    net.eval()
+    with warnings.catch_warnings():
+        # How much the border cuts off is in the record and stands under each map of the report.
+        warnings.simplefilter("ignore", ClippedWarning)
+        try:
+            return widerf.measure(
+                net, task.erf_size, layer="features", inputs=inputs, samples=samples, generator=generator
+            )
+        except DeadUnitError:  # training can kill every ReLU on the way: an outcome, not an error
+            return None
+
+
+def figures(erf: widerf.ERF | None) -> Record | None:
+    """Figures of an ERF for one line of results; None for a dead unit."""
+    if erf is None:
+        return None
+    return {
+        "std": erf.std,
+        "two_sigma_size": erf.size(),
+        "excess_kurtosis": erf.excess_kurtosis,
+        "clipped": erf.clipped,
+        "center": erf.center,
+        "trf_size": erf.trf_size,
+        "map": [[round(value, 8) for value in row] for row in erf.map.tolist()],
+    }
+
+
+def one_run(net: nn.Module, task: Task, seed: int, device: torch.device, erf_samples: int) -> Record:
+    """Train and measure one network; the record holds everything that the report shows."""
+    started = time.perf_counter()
+    net.to(device)
+    before = figures(erf_of(net, task, seed, erf_samples))
+    curve = train(net, task, seed, device)
+    after = figures(erf_of(net, task, seed, erf_samples))
+    record: dict[str, Any] = {
+        "steps_to_target": curve.steps_to_target,
+        "accuracy": curve.accuracy[-1],
+        "test_accuracy": accuracy(net, *task.test, device) if task.test is not None else None,
+        "curve": {"step": curve.steps, "accuracy": curve.accuracy, "loss": curve.loss},
+        "erf_before": before,
+        "erf_after": after,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return record

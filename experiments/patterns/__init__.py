@@ -1,0 +1,1 @@
+"""Does a pattern beat the grid? ``python -m experiments.patterns``."""

@@ -1,0 +1,1 @@
+"""Sweeps over one small model for each module under ``timm.models``."""
