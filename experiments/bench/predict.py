@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import widerf
-from experiments.roads.agreement import timm_model
+from experiments.roads.cases import timm_model
 from widerf.errors import ClippedWarning
 
 WANTED = 0.01

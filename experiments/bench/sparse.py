@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import widerf
 from experiments.bench.sparse_page import BASE, Row, load, save, write
+from experiments.harness.ledger import RESULTS
 from widerf import SparseConv2d, kernels, patterns
 
-RESULTS = Path("docs/results")
 SHAPES = ((8, 64, 56), (8, 128, 28), (8, 256, 14), (32, 64, 32))  # batch, channels, side
 EXTENTS = (7, 15, 31)
 WIDER = (7, 15, 31, 47, 63)

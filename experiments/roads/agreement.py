@@ -13,23 +13,21 @@ the truth would correlate with by at least 0.99. Rows go to ``docs/results/agree
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import widerf
+from experiments.harness.ledger import RESULTS, Ledger
+from experiments.harness.runs import Record
+from experiments.roads.cases import SILENT, Case, built, cases, redraw
 from widerf.erf.prediction import expected_energy
 from widerf.trace.site import check_unit, spatial_layer
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ROADS = ("measured", "predicted")
 SIGNS = 24  # draws of signs for one image and one set of weights
 SETS = 8  # of weights, of road "same"
@@ -67,131 +65,12 @@ AMD EPYC (Zen 1, AVX2), one thread, shared with other work, so that the seconds 
 """
 
 
-class Block(nn.Module):
-    """Two 3×3 convolutions with a skip; the ReLU comes after the addition, as in the paper."""
-
-    def __init__(self, channels: int, norm: bool) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index in range(2):
-            layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(channels)] if norm else []
-            layers += [nn.ReLU()] if index == 0 else []
-        self.branch = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """ReLU of the sum."""
-        return torch.relu(x + self.branch(x))
+def measured_map(case: Case, cache: Path) -> Path:
+    """Where the measured map of the case lies."""
+    return cache / f"{case.name}.npz"
 
 
-def plain(activation: type[nn.Module], channels: int = 32, depth: int = 20) -> nn.Module:
-    """A stack of 3×3 convolutions, He-normal."""
-    layers: list[nn.Module] = []
-    for index in range(depth):
-        conv = nn.Conv2d(3 if index == 0 else channels, channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if activation is nn.ReLU else "linear")
-        layers += [conv, activation()]
-    return nn.Sequential(*layers)
-
-
-def residual(norm: bool, channels: int = 32, blocks: int = 17) -> nn.Module:
-    """The paper's ResNet of 17 blocks without downsampling."""
-    model = nn.Sequential(
-        nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.ReLU(), *(Block(channels, norm) for _ in range(blocks))
-    )
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    return model
-
-
-def timm_model(name: str, **arguments: Any) -> Callable[[], nn.Module]:
-    """Builder of a timm model with its own initialisation."""
-
-    def build() -> nn.Module:
-        import timm
-
-        model: nn.Module = timm.create_model(name, **arguments)
-        return model
-
-    return build
-
-
-def convnext() -> nn.Module:
-    """ConvNeXt-atto at layer scale 1: at timm's 1e-6 its branches are silent."""
-    model = timm_model("convnext_atto")()
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.ones_(parameter)
-    return model
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    size: int
-    training: bool
-    draws: int = 128
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Size of the images."""
-        return (3, self.size, self.size)
-
-
-def cases() -> list[Case]:
-    """All rows, cheap ones first."""
-    resnets = {n: timm_model(n, zero_init_last=False) for n in ("resnet18", "resnet50")}
-    others: dict[str, Callable[[], nn.Module]] = {
-        "mobilenetv3_large_100": timm_model("mobilenetv3_large_100"),
-        "regnety_002, no zero init": timm_model("regnety_002", zero_init_last=False),
-        "efficientnet_b0": timm_model("efficientnet_b0"),
-        "densenet121": timm_model("densenet121"),
-    }
-    rows = [
-        Case("plain 20, linear", lambda: plain(nn.Identity), 61, False, 512),
-        Case("plain 20, ReLU", lambda: plain(nn.ReLU), 61, False, 512),
-        Case("ResNet of 17 blocks, no BN", lambda: residual(norm=False), 97, False, 256),
-        Case("ResNet of 17 blocks, BN in train mode", lambda: residual(norm=True), 97, True, 256),
-        Case("convnext_atto, layer scale 1", convnext, 224, False),
-    ]
-    for training in (True, False):
-        mode = "train" if training else "eval"
-        rows += [Case(f"{n}, {mode}", b, 224, training) for n, b in (resnets | others).items()]
-    order = {"densenet121": 2, "resnet50": 1}
-    return sorted((noisy(row) for row in rows), key=lambda row: order.get(row.name.split(",")[0], 0))
-
-
-# For road "same" only: batch statistics are nearly all that widens this one's ERF.
-SILENT = Case("resnet18, silent branches, train", timm_model("resnet18"), 224, True)
-
-
-def noisy(case: Case) -> Case:
-    """More draws for networks with few depthwise channels, whose maps scatter most."""
-    few_channels = case.name.startswith(("mobilenetv3", "regnety", "efficientnet"))
-    return replace(case, draws=480 if case.training else 160) if few_channels else case
-
-
-def built(case: Case, seed: int) -> nn.Module:
-    """The case's model with weights drawn from ``seed``."""
-    torch.manual_seed(seed)
-    return case.build().train(case.training)
-
-
-def redraw(case: Case) -> Callable[[nn.Module, torch.Generator], None]:
-    """Re-initialise by building the model anew."""
-
-    def again(model: nn.Module, generator: torch.Generator) -> None:
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        model.load_state_dict(case.build().state_dict())
-
-    return again
-
-
-def measured(case: Case, cache: Path) -> dict[str, Any]:
+def measured(case: Case, cache: Path) -> Record:
     """Std with its interval over redrawn weights; the map goes to ``cache``."""
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -200,7 +79,7 @@ def measured(case: Case, cache: Path) -> dict[str, Any]:
             built(case, 0), case.input_size, samples=case.draws, redraw=redraw(case),
             generator=torch.Generator().manual_seed(1),
         )  # fmt: skip
-    erf.save(cache / f"{case.name}.npz")
+    erf.save(measured_map(case, cache))
     assert erf.blocks is not None and erf.block_samples is not None
     low, high = erf.interval("std")
     return {
@@ -210,12 +89,9 @@ def measured(case: Case, cache: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def predicted(case: Case, cache: Path) -> dict[str, Any]:
+def predicted(case: Case, cache: Path) -> Record:
     """Std and map correlation for the first set of weights, for all sets, and for the mean of their maps."""
-    truth_file = cache / f"{case.name}.npz"
-    if not truth_file.exists():
-        return {}
-    truth = widerf.ERF.load(truth_file)
+    truth = widerf.ERF.load(measured_map(case, cache))
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)
@@ -245,7 +121,7 @@ def energy(model: nn.Module, case: Case, image_seed: int) -> tuple[Tensor, float
     return found, math.log(float(found.sum())) + log_scale
 
 
-def same(case: Case, cache: Path) -> dict[str, Any]:
+def same(case: Case, cache: Path) -> Record:
     """Measure with the weights and the very image that each single prediction had: only signs are drawn."""
     image = torch.randn((1, *case.input_size), generator=torch.Generator().manual_seed(0)).expand(SIGNS, -1, -1, -1)
     stds, errors, guesses = [], [], []
@@ -274,7 +150,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
 
-def done(case: Case, road: str, rows: dict[tuple[str, str], dict[str, Any]]) -> bool:
+def done(case: Case, road: str, rows: dict[tuple[str, str], Record]) -> bool:
     """Whether the road has a row of the case at today's number of draws."""
     row = rows.get((case.name, road), {})
     if road == "same":
@@ -284,15 +160,17 @@ def done(case: Case, road: str, rows: dict[tuple[str, str], dict[str, Any]]) -> 
     ) == case.draws
 
 
-def load(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def ledger(folder: Path) -> Ledger:
+    """Table of the rows, one for each case and road."""
+    return Ledger(folder / "agreement.jsonl", ("case", "road"))
+
+
+def load(folder: Path) -> dict[tuple[str, str], Record]:
     """Latest row per case and road."""
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(row["case"], row["road"]): row for row in rows}
+    return {(row["case"], row["road"]): row for row in ledger(folder).rows()}
 
 
-def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+def table(rows: dict[tuple[str, str], Record]) -> str:
     """The table as Markdown."""
     lines = [
         "| case | measured std (95 % interval), draws | predicted std, first weights | off | mean of "
@@ -314,7 +192,7 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n\n" + same_table(rows)
 
 
-def same_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+def same_table(rows: dict[tuple[str, str], Record]) -> str:
     """What is left of the scatter where both roads have the same weights and the same image."""
     lines = [
         "Single predictions against `measure` with the same weights and the same image, where only the signs are drawn",
@@ -345,23 +223,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--again", action="store_true", help="also where a row exists")
     options = parser.parse_args(argv)
-    file = RESULTS / "agreement.jsonl"
-    if options.road == "table":
-        (RESULTS / "agreement.md").write_text(HEADER + table(load(file)) + "\n")
+    road, rows = options.road, load(RESULTS)
+    if road == "table":
+        (RESULTS / "agreement.md").write_text(HEADER + table(rows) + "\n")
         return
     options.cache.mkdir(parents=True, exist_ok=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for case in [*cases(), SILENT] if options.road == "same" else cases():
-        if options.only not in case.name or (done(case, options.road, load(file)) and not options.again):
-            continue
-        row = {"measured": measured, "predicted": predicted, "same": same}[options.road](case, options.cache)
-        if row:
-            with file.open("a") as out:
-                out.write(
-                    json.dumps({"case": case.name, "road": options.road, "threads": torch.get_num_threads(), **row})
-                    + "\n"
-                )
-            print(case.name, options.road, {k: v for k, v in row.items() if k != "correlations"}, flush=True)
+    chosen = [case for case in ([*cases(), SILENT] if road == "same" else cases()) if options.only in case.name]
+    todo = [case for case in chosen if options.again or not done(case, road, rows)]
+    if road == "predicted":
+        for case in [case for case in todo if not measured_map(case, options.cache).exists()]:
+            print(f"{case.name}: passed over, it has no measured map in {options.cache}")
+            todo.remove(case)
+    work = {"measured": measured, "predicted": predicted, "same": same}[road]
+    ledger(RESULTS).fill(
+        {(case.name, road): case for case in todo},
+        lambda case: {"threads": torch.get_num_threads(), **work(case, options.cache)},
+        again=True,  # what is done with fewer draws is done anew
+        after=lambda row: print({k: v for k, v in row.items() if k != "correlations"}, flush=True),
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.roads.gain import IMAGES, RESULTS, SERIES, foretold, ratio, read
+from experiments.harness.ledger import RESULTS
+from experiments.roads.gain import IMAGES, SERIES, foretold, ledger, ratio
 
 STRENGTHS = ("0.25", "0.5", "0.75", "1")
 COLUMNS = ["network", "strength", "sets_of_weights", "measured", "standard_error", "predicted", "theory"]
@@ -105,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows, the figure and the table")
     out = parser.parse_args().out
-    lines = figures(read(out / "gain.jsonl"))
+    lines = figures(ledger(out).rows())
     with (out / "dose_response.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()

@@ -9,22 +9,21 @@ already is skipped, so that a run can be broken off); ``--table`` writes ``docs/
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import widerf
-from experiments.roads.agreement import Case, built, cases
+from experiments.harness.ledger import RESULTS, Ledger
+from experiments.harness.runs import Record
+from experiments.roads.cases import Case, built, cases
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 STRENGTH = 0.5  # of the table of gains
 IMAGES = 4
 
@@ -64,7 +63,7 @@ def std_of(rows: Iterable[Sequence[float]]) -> float:
     return math.sqrt(float(np.mean(mean[1::2] - mean[0::2] ** 2)))
 
 
-def one(series: Series, case: Case, seed: int) -> dict[str, Any]:
+def one(series: Series, case: Case, seed: int) -> Record:
     """Measure one set of weights at all strengths; strength 0 is the network as it was drawn."""
     model = built(case, seed)
 
@@ -75,7 +74,7 @@ def one(series: Series, case: Case, seed: int) -> dict[str, Any]:
         erf = widerf.measure(model, case.input_size, samples=IMAGES, batch_size=batch, generator=generator)
         return moments(erf.map)
 
-    row: dict[str, Any] = {"series": series.name, "seed": seed, "measured": {"0": measured()}, "predicted": {}}
+    row: Record = {"measured": {"0": measured()}, "predicted": {}}
     row["predicted"]["0"] = widerf.predict(model, case.input_size).std
     for strength in series.strengths:
         report = widerf.init.apply(model, strength, input_size=case.input_size if strength == STRENGTH else None)
@@ -85,28 +84,28 @@ def one(series: Series, case: Case, seed: int) -> dict[str, Any]:
     return row
 
 
-def ratio(rows: Sequence[dict[str, Any]], strength: str) -> tuple[float, float]:
+def ratio(rows: Sequence[Record], strength: str) -> tuple[float, float]:
     """Return the measured gain over all seeds and its standard error (jackknife, which keeps pairs together)."""
 
-    def gain(kept: Sequence[dict[str, Any]]) -> float:
+    def gain(kept: Sequence[Record]) -> float:
         return std_of(r["measured"][strength] for r in kept) / std_of(r["measured"]["0"] for r in kept)
 
     left = np.array([gain([r for r in rows if r is not out]) for out in rows])
     return gain(rows), math.sqrt((len(rows) - 1) * float(((left - left.mean()) ** 2).mean()))
 
 
-def foretold(rows: Sequence[dict[str, Any]], strength: str) -> float:
+def foretold(rows: Sequence[Record], strength: str) -> float:
     """Return the predicted gain over all seeds, variances averaged as in the measurement."""
     after, before = (np.mean([r["predicted"][s] ** 2 for r in rows]) for s in (strength, "0"))
     return math.sqrt(after / before)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows that are there."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def ledger(folder: Path) -> Ledger:
+    """Return the table of the rows."""
+    return Ledger(folder / "gain.jsonl", ("series", "seed"))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Record]) -> str:
     """Return the table in Markdown."""
     lines = [
         "# Predicted against measured gain",
@@ -136,17 +135,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the table")
     parser.add_argument("--table", action="store_true", help="only write the table of what is there")
     arguments = parser.parse_args()
-    path = arguments.out / "gain.jsonl"
-    rows = read(path)
-    done = {(row["series"], row["seed"]) for row in rows}
     known = {case.name: case for case in cases()}
-    todo = [(s, seed) for seed in range(max(s.seeds for s in SERIES)) for s in SERIES if seed < s.seeds]
+    seeds = range(max(series.seeds for series in SERIES))
+    jobs = {(s.name, seed): (s, known[s.case], seed) for seed in seeds for s in SERIES if seed < s.seeds}
     warnings.simplefilter("ignore", UserWarning)
-    for series, seed in [] if arguments.table else todo:
-        if (series.name, seed) not in done:
-            rows.append(one(series, known[series.case], seed))
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(rows[-1]) + "\n")
+    rows = ledger(arguments.out).fill({} if arguments.table else jobs, lambda job: one(*job))
     (arguments.out / "gain.md").write_text(table(rows), encoding="utf-8")
 
 

@@ -2,7 +2,7 @@
 
 ``python -m experiments.timm.convert`` writes ``docs/results/timm_convert.csv`` row by row (models that are there
 already are skipped, so that a run can be broken off) and sums it up in ``docs/results/timm_convert.md``. For each
-model, seed 0, at most 96 pixels a side where the model takes them: ``widerf.convert(model, extent=7, seed=0)`` (the
+model, seed 0, at most 96 pixels a side where the model takes them: ``widerf.convert(model, extent=11, seed=0)`` (the
 first stage dense, layers of a kernel of 7 or more stay), forward and backward in training mode, output shapes and
 number of weights compared with those before, the plain model's checkpoint loaded strictly, then ``densify`` and the
 largest difference of its output, relative to the largest output, in evaluation mode.
@@ -10,27 +10,24 @@ largest difference of its output, relative to the largest output, in evaluation 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import gc
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import widerf
+from experiments.harness.runs import Record
 from experiments.timm.models import SmallModel, read
+from experiments.timm.sweep import convolutions, sweep
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 EXTENT, SIDE, TOLERANCE = 11, 96, 1e-4
 COLUMNS = [
     "module", "model", "input", "convolutions", "sparse", "shapes_kept", "weights_kept", "gradients_finite",
-    "checkpoint_loads", "densify_error", "verdicts", "error", "seconds",
+    "checkpoint_loads", "densify_error", "left_dense", "error", "seconds",
 ]  # fmt: skip
 
 
@@ -69,9 +66,11 @@ def build(row: SmallModel) -> tuple[nn.Module, Tensor]:
     raise AssertionError
 
 
-def check(row: SmallModel) -> dict[str, Any]:
+def check(row: SmallModel) -> Record:
     """Convert, run and densify one model, and return its line."""
     model, x = build(row)
+    if not convolutions(model):
+        return {"convolutions": 0}
     with torch.no_grad():
         before = shapes(model.eval()(x))
     checkpoint = {key: value.clone() for key, value in model.state_dict().items()}
@@ -84,6 +83,7 @@ def check(row: SmallModel) -> dict[str, Any]:
     with torch.no_grad():
         after = list(tensors(model.eval()(x)))
         dense = list(tensors(widerf.densify(model)(x)))
+    left_dense = Counter(r.verdict for r in report if not r.converted)
     error = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(after, dense, strict=True))
     return {
         "input": "x".join(map(str, x.shape[1:])),
@@ -94,39 +94,27 @@ def check(row: SmallModel) -> dict[str, Any]:
         "gradients_finite": all(g is None or bool(g.isfinite().all()) for g in gradients),
         "checkpoint_loads": loads,
         "densify_error": f"{error:.1e}",
-        "verdicts": "; ".join(f"{n}× {verdict}" for verdict, n in Counter(r.verdict for r in report).most_common()),
+        "left_dense": "; ".join(f"{n}× {why}" for why, n in left_dense.most_common()),
     }
 
 
-def run(models: list[SmallModel], path: Path) -> list[dict[str, str]]:
-    """Check every model that ``path`` does not hold yet; return all lines."""
-    done: dict[str, dict[str, str]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            done = {line["model"]: line for line in csv.DictReader(file)}
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not done:
-            writer.writeheader()
-        for row in tqdm([m for m in models if m.name not in done], disable=None):
-            started = time.perf_counter()
-            line: dict[str, Any] = {"module": row.module, "model": row.name}
-            try:
-                line |= check(row)
-            except Exception as error:  # one model that fails must not end the sweep: it becomes a line
-                text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                none = "hold at least one convolution" in text
-                line |= {"convolutions": 0} if none else {"error": text}
-            line["seconds"] = round(time.perf_counter() - started, 1)
-            writer.writerow(line)
-            file.flush()
-            done[row.name] = {key: str(value) for key, value in line.items()}
-            gc.collect()
-    return [done[m.name] for m in models if m.name in done]
+def look_at(row: SmallModel) -> Record:
+    """Check one model; what fails says so in its column."""
+    started = time.perf_counter()
+    line: Record = {"model": row.name}
+    try:
+        line |= check(row)
+    except Exception as error:  # one model that fails must not end the sweep: it becomes a line
+        line["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    line["seconds"] = round(time.perf_counter() - started, 1)
+    gc.collect()
+    return line
 
 
-def summary(lines: list[dict[str, str]]) -> str:
+def summary(lines: list[Record]) -> str:
     """Return the page about the sweep."""
+    parameters = {model.module: model.parameters for model in read()}
+    lines = sorted(lines, key=lambda line: parameters.get(line["module"], 0))
     failed = [x for x in lines if x.get("error")]
     without = [x for x in lines if not x.get("error") and x["convolutions"] == "0"]
     sparse = [x for x in lines if not x.get("error") and int(x.get("sparse") or 0) > 0]
@@ -160,24 +148,14 @@ def summary(lines: list[dict[str, str]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for x in sparse:
-        why = "; ".join(v for v in x["verdicts"].split("; ") if not v.endswith("× sparse"))
-        said.append(
-            f"| {x['module']} | {x['model']} | {x['convolutions']} | {x['sparse']} | {x['densify_error']} | {why} |"
-        )
+        cells = [x[key] for key in ("module", "model", "convolutions", "sparse", "densify_error", "left_dense")]
+        said.append("| " + " | ".join(cells) + " |")
     return "\n".join(said) + "\n"
 
 
 def main() -> None:
     """Run what is missing and write both files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--only", nargs="*", help="modules to run, default all")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [m for m in read() if not options.only or m.module in options.only]
-    models = sorted(chosen, key=lambda model: model.parameters)  # what is quick comes first
-    lines = run(models, options.out / "timm_convert.csv")
-    (options.out / "timm_convert.md").write_text(summary(lines))
+    sweep("timm_convert", COLUMNS, look_at, summary, __doc__)
 
 
 if __name__ == "__main__":

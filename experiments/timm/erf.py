@@ -6,17 +6,15 @@ skipped, so that a run can be broken off) and sums it up in ``docs/results/timm_
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from experiments.harness.runs import Record
 from experiments.timm.models import SmallModel, read
+from experiments.timm.sweep import sweep
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 _GIVEN = ["module", "model", "input", "parameters", "attention"]
 _FOUND = ["layer", "map", "measured_std", "standard_error", "centroid_off", "clipped", "predicted_std"]
 _FIELD = ["trf", "jump", "global_paths"]
@@ -25,7 +23,7 @@ COLUMNS = _GIVEN + _FOUND + _FIELD + _SAID
 SAMPLES, BATCH = 4, 2
 
 
-def look_at(small: SmallModel, samples: int = SAMPLES) -> dict[str, Any]:
+def look_at(small: SmallModel, samples: int = SAMPLES) -> Record:
     """Measure, predict and trace one model with seed 0 in eval mode; what fails says so in its column."""
     import timm
     import torch
@@ -33,7 +31,7 @@ def look_at(small: SmallModel, samples: int = SAMPLES) -> dict[str, Any]:
     import widerf
     from widerf.trace.site import spatial_layer
 
-    row: dict[str, Any] = {"module": small.module, "model": small.name, "parameters": small.parameters}
+    row: Record = {"module": small.module, "model": small.name, "parameters": small.parameters}
     row["input"] = "×".join(map(str, small.input_size))
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -87,7 +85,7 @@ def _short(number: float) -> str:
     return f"{number:.4g}"
 
 
-def summarise(rows: list[dict[str, str]]) -> str:
+def summarise(rows: list[Record]) -> str:
     """Counts over all models, and over those without attention."""
     convolutional = [r for r in rows if not r["attention"]]
     measured = [r for r in rows if not r["measure_says"]]
@@ -120,7 +118,7 @@ def summarise(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _remarks(rows: list[dict[str, str]], both: list[dict[str, str]]) -> list[str]:
+def _remarks(rows: list[Record], both: list[Record]) -> list[str]:
     """The rows that are off by more than the draws explain, and the modules that were not run."""
     off = []
     for row in both:
@@ -142,7 +140,7 @@ def _remarks(rows: list[dict[str, str]], both: list[dict[str, str]]) -> list[str
     return lines
 
 
-def _quantiles(rows: list[dict[str, str]]) -> str:
+def _quantiles(rows: list[Record]) -> str:
     import numpy as np
 
     if not rows:
@@ -151,34 +149,9 @@ def _quantiles(rows: list[dict[str, str]]) -> str:
     return ", ".join(f"{q:.3f}" for q in np.quantile(ratios, [0.1, 0.5, 0.9]))
 
 
-def load(path: Path) -> list[dict[str, str]]:
-    """Rows of a table that an earlier run left."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Fill the table and sum it up."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of timm_erf.csv and timm_erf.md")
-    parser.add_argument("--only", nargs="*", help="modules under timm.models; by default all")
-    arguments = parser.parse_args()
-    table = arguments.out / "timm_erf.csv"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    done = {row["module"] for row in load(table)}
-    for small in sorted(read(), key=lambda model: model.parameters):  # what is quick comes first
-        if small.module in done or (arguments.only and small.module not in arguments.only):
-            continue
-        row = look_at(small)
-        with table.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-        print(", ".join(f"{k} {v}" for k, v in row.items() if v not in ("", None)), flush=True)
-        (arguments.out / "timm_erf.md").write_text(summarise(load(table)))
+    sweep("timm_erf", COLUMNS, look_at, summarise, __doc__)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,18 @@ the model holds, and the state dict's keys, dtypes, devices, strides and ``requi
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from experiments.timm.models import SmallModel, read
+from experiments.harness.runs import Record
+from experiments.timm.models import SmallModel
+from experiments.timm.sweep import convolutions, sweep
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 STRENGTH = 0.5
 COLUMNS = [
     "module", "model", "input", "convolutions", "widened", "verdicts", "without_verdict", "finite_before",
@@ -34,15 +31,6 @@ def description(model: nn.Module) -> dict[str, Any]:
     """Return what an initialiser must not change: everything about the state dict but the values."""
     tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return {key: (t.dtype, t.device, t.shape, t.stride(), t.requires_grad) for key, t in tensors.items()}
-
-
-def _convolutions(model: nn.Module) -> list[str]:
-    """Return the modules that hold a convolution weight, found without the library."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd) or type(module).__name__ == "CondConv2d"
-    ]
 
 
 def _energies(model: nn.Module) -> dict[str, float]:
@@ -58,17 +46,19 @@ def _finite(output: Any) -> bool:
 
 
 @torch.no_grad()
-def look_at(small: SmallModel) -> dict[str, Any]:
+def look_at(small: SmallModel) -> Record:
     """Widen one model; an exception goes into the column ``error``."""
     import timm
 
     import widerf
 
-    row: dict[str, Any] = {"module": small.module, "model": small.name, "input": "×".join(map(str, small.input_size))}
+    row: Record = {"module": small.module, "model": small.name, "input": "×".join(map(str, small.input_size))}
     start = time.perf_counter()
     try:
         torch.manual_seed(0)
         model = timm.create_model(small.name).eval()
+        found = convolutions(model)
+        row["convolutions"] = len(found)
         image = torch.randn(1, *small.input_size)
         row["finite_before"] = _finite(model(image))
         was, energies = description(model), _energies(model)
@@ -77,9 +67,7 @@ def look_at(small: SmallModel) -> dict[str, Any]:
         row["state_unchanged"] = description(model) == was
         now = _energies(model)
         row["energy_error"] = f"{max(abs(now[n] / e - 1) if e else abs(now[n]) for n, e in energies.items()):.1e}"
-        found = _convolutions(model)
         told = {change.name: change.verdict for change in report}
-        row["convolutions"] = len(found)
         row["without_verdict"] = sum(not told.get(name) for name in found)
         row["widened"] = sum(change.widened for change in report)
         counts = Counter(_kind(change.verdict) for change in report)
@@ -95,16 +83,17 @@ def _kind(verdict: str) -> str:
     return verdict.split(" (")[0].split(":")[0]
 
 
-def good(row: dict[str, str]) -> bool:
+def good(row: Record) -> bool:
     """Return whether everything that is promised held for this model."""
     promised = ("finite_before", "finite_after", "state_unchanged")
     return not row["error"] and row["without_verdict"] == "0" and all(row[key] == "True" for key in promised)
 
 
-def summary(rows: Sequence[dict[str, str]]) -> str:
+def summary(rows: Sequence[Record]) -> str:
     """Return the table in Markdown."""
+    rows = sorted(rows, key=lambda row: str(row["module"]))
     held = [row for row in rows if good(row)]
-    none = [row for row in rows if "hold at least one convolution" in row["error"]]
+    none = [row for row in rows if row["convolutions"] == "0" and row["error"]]
     lines = [
         "# The initialiser over timm",
         "",
@@ -131,27 +120,7 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
 
 def main() -> None:
     """Do the models that are still missing, then write the summary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
-    parser.add_argument("--only", nargs="*", help="modules of timm to do again")
-    arguments = parser.parse_args()
-    table = arguments.out / "timm_init.csv"
-    rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
-    rows = [row for row in rows if row["module"] not in (arguments.only or ())]
-    done = {row["module"] for row in rows}
-    todo = sorted((small for small in read() if small.module not in done), key=lambda small: small.parameters)
-    for small in tqdm(todo, unit="model", disable=None):
-        rows.append(_as_text(look_at(small)))
-        rows.sort(key=lambda row: row["module"])
-        with table.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-    (arguments.out / "timm_init.md").write_text(summary(rows), encoding="utf-8")
-
-
-def _as_text(row: dict[str, Any]) -> dict[str, str]:
-    return {key: str(row.get(key, "")) for key in COLUMNS}
+    sweep("timm_init", COLUMNS, look_at, summary, __doc__)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from experiments.harness import data
+from experiments.harness.ledger import Ledger
 from experiments.harness.statistics import paired_ratio
 from tests.experiments.images import write_images
 
@@ -47,3 +48,52 @@ def test_a_ratio_of_paired_logs_covers_the_truth_in_95_of_100_series() -> None:
         estimate = paired_ratio(np.exp(np.log(0.5) + noise).tolist(), [1.0] * 5)
         hits += estimate.low <= 0.5 <= estimate.high
     assert 930 <= hits <= 970
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_ledger_does_what_is_missing_and_nothing_twice(ending: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "new" / f"rows.{ending}", ("name", "seed"), ("name", "seed", "value"))
+    done: list[int] = []
+
+    def work(job: int) -> dict:
+        done.append(job)
+        return {"value": 10 * job}
+
+    ledger.fill({("a", 1): 1, ("a", 2): 2}, work)
+    rows = ledger.fill({("a", 2): 2, ("b", 1): 3}, work)
+    assert done == [1, 2, 3]
+    assert [(row["name"], int(row["seed"]), int(row["value"])) for row in rows] == [
+        ("a", 1, 10),
+        ("a", 2, 20),
+        ("b", 1, 30),
+    ]
+    assert rows == ledger.rows()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_what_a_kill_left_of_a_line_is_done_again(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    ledger = Ledger(path, ("name",), ("name", "value"))
+    ledger.fill({("a",): 1, ("b",): 2}, lambda job: {"value": job})
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        ledger.fill({("a",): 1, ("b",): 2}, lambda job: {"value": job})
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_row_made_again_takes_the_place_of_the_earlier_one(ending: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / f"rows.{ending}", ("name",), ("name", "value"))
+    ledger.fill({("a",): 1, ("b",): 2}, lambda job: {"value": job})
+    seen: list[object] = []
+    rows = ledger.fill({("a",): 7}, lambda job: {"value": job}, again=True, after=seen.append)
+    assert [(row["name"], int(row["value"])) for row in rows] == [("a", 7), ("b", 2)]
+    assert seen == [{"name": "a", "value": 7}]
+
+
+def test_a_value_that_is_no_column_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "rows.csv", ("name",), ("name",))
+    with pytest.raises(ValueError, match="other"):
+        ledger.append({"name": "a", "other": 1})
+    assert not ledger.path.exists()

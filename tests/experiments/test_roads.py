@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from experiments.harness.inputs import InputError
-from experiments.roads import dose_response, gain, real_weights
+from experiments.harness.ledger import RESULTS
+from experiments.roads import agreement, dose_response, gain, real_weights
 
 
 def test_moments_of_maps_average_to_the_std_of_the_mean_map() -> None:
@@ -66,3 +67,13 @@ def test_frames_are_cropped_to_the_middle(tmp_path: Path) -> None:
     assert float(frames.min()) > 0.8
     with pytest.raises(InputError, match="must hold 2 frames"):
         real_weights.camvid_frames(tmp_path, 2, size=(4, 4))
+
+
+def test_the_pages_are_those_of_the_committed_rows() -> None:
+    pages = {
+        "gain": gain.table(gain.ledger(RESULTS).rows()),
+        "dose_response": dose_response.table(dose_response.figures(gain.ledger(RESULTS).rows())),
+        "agreement": agreement.HEADER + agreement.table(agreement.load(RESULTS)) + "\n",
+    }
+    for name, page in pages.items():
+        assert page == (RESULTS / f"{name}.md").read_text(encoding="utf-8"), name
