@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from widerf._checks import require
+
+Size = int | Sequence[int]  # one number for all axes, or one for each
 
 
 def ntuple(value: int | Sequence[int], rank: int, argument: str) -> tuple[int, ...]:
@@ -48,3 +51,30 @@ def tap_coordinates(kernel_size: Sequence[int]) -> Tensor:
     """
     axes = [[t - (k - 1) / 2 for t in range(k)] for k in kernel_size]
     return torch.tensor(list(itertools.product(*axes)), dtype=torch.float64)
+
+
+class Moments(NamedTuple):
+    """Mean and central moments of a distribution over the places 0, 1, 2, and so on; zero-dimensional tensors."""
+
+    mean: Tensor
+    variance: Tensor
+    fourth: Tensor
+
+
+def marginal(share: Tensor, axis: int) -> Tensor:
+    """Return a map summed over all axes but one."""
+    others = [a for a in range(share.ndim) if a != axis]
+    return share.sum(others) if others else share
+
+
+def moments(line: Tensor) -> Moments:
+    """Return the moments of a line of shares that sum to 1; differentiable.
+
+    Example:
+        >>> [round(float(x), 6) for x in moments(torch.full((3,), 1 / 3, dtype=torch.float64))]
+        [1.0, 0.666667, 0.666667]
+    """
+    at = torch.arange(len(line), dtype=line.dtype, device=line.device)
+    mean = (line * at).sum()
+    away = at - mean
+    return Moments(mean, (line * away**2).sum(), (line * away**4).sum())

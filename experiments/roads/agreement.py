@@ -26,7 +26,7 @@ from experiments.harness.ledger import RESULTS, Ledger
 from experiments.harness.runs import Record
 from experiments.roads.cases import SILENT, Case, built, cases, redraw
 from widerf.erf.prediction import expected_energy
-from widerf.trace.site import check_unit, spatial_layer
+from widerf.trace.scene import Scene
 
 ROADS = ("measured", "predicted")
 SIGNS = 24  # draws of signs for one image and one set of weights
@@ -115,9 +115,7 @@ def predicted(case: Case, cache: Path) -> Record:
 
 def energy(model: nn.Module, case: Case, image_seed: int) -> tuple[Tensor, float]:
     """Predicted energy map of the centre unit, and the logarithm of its sum on its true scale."""
-    site = spatial_layer(model, case.input_size)
-    unit = check_unit(None, site.spatial_shape)
-    _, found, log_scale = expected_energy(model, case.input_size, site, unit, image_seed)
+    found, log_scale = expected_energy(replace(Scene.of(model, case.input_size), image_seed=image_seed))
     return found, math.log(float(found.sum())) + log_scale
 
 

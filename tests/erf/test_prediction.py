@@ -20,6 +20,7 @@ from widerf.erf.prediction import expected_energy
 from widerf.errors import UntreatedOperatorError
 from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
+from widerf.trace.scene import Scene
 from widerf.trace.site import spatial_layer
 
 
@@ -246,10 +247,9 @@ def test_the_scale_of_weights_does_not_matter_even_in_deep_stacks() -> None:
 
 def test_the_true_scale_of_the_energy_is_told() -> None:
     model = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(12))).double()
-    site = spatial_layer(model, (2, 9, 9))
 
     def log_energy() -> float:
-        _, energy, log_scale = expected_energy(model, (2, 9, 9), site, (4, 4))
+        energy, log_scale = expected_energy(Scene.of(model, (2, 9, 9)))
         return math.log(float(energy.sum())) + log_scale
 
     before = log_energy()

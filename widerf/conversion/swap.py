@@ -22,6 +22,7 @@ from widerf.convolutions.sensitivity import predicted_std
 from widerf.patterns.named import NAMED
 from widerf.report import listed
 from widerf.sparse.layer import SparseConv
+from widerf.trace.scene import Scene
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -181,15 +182,18 @@ def convert(
         require(extent >= 1, "extent", "be positive", extent)
     chosen = {k.name for k in kernels} if only is None else select(kernels, model, only, "only")
     left = set() if skip is None else select(kernels, model, skip, "skip")
-    places = None if input_size is None else find_places(model, input_size, kernels)
+    scene = None if input_size is None else Scene.of(model, input_size)
+    places = None if scene is None else find_places(scene, kernels)
     kept = early_layers(model, kernels, places or {}) if only is None else {}
     kept |= {k.name: "not in only" for k in kernels if k.name not in chosen} | dict.fromkeys(left, "in skip")
     steps = _steps(model, kernels, kept, places, extent, pattern, seed)
     pairs: dict[nn.Module, nn.Module] = {s.kernel.module: s.layer for s in steps if s.layer is not None}
-    before, problem = predicted_std(model, input_size)
+    before, problem = (None, "") if scene is None else predicted_std(scene)
     weights = sum(p.numel() for p in model.parameters())
     with _swapped(model, pairs, stay=not dry_run):
-        after, problem = predicted_std(model, input_size) if before is not None else (None, problem)
+        after = None
+        if scene is not None and before is not None:
+            after, problem = predicted_std(scene.changed(in_place=False))
         known = before is not None and after is not None
         return ConversionReport(
             tuple(step.row for step in steps),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from widerf.convolutions.convolution import Kernel
 from widerf.convolutions.places import Place
+from widerf.geometry import marginal
 
 
 def axis_operator(kernel: Kernel, place: Place, axis: int, shares: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def border_loss(kernel: Kernel, place: Place, energies: Tensor) -> float | None:
         return None
     kept = 1.0
     for axis in range(kernel.rank):
-        kept *= float(axis_operator(kernel, place, axis, _marginal(energies, axis)).sum(dim=1).mean())
+        kept *= float(axis_operator(kernel, place, axis, _shares(energies, axis)).sum(dim=1).mean())
     return 1.0 - kept
 
 
@@ -64,12 +65,11 @@ def chain_energy(layers: Sequence[tuple[Kernel, Place, Tensor]]) -> float:
         for kernel, place, energies in layers:
             if place.before[axis] != len(energy):
                 energy = F.interpolate(energy[None, None], size=place.before[axis], mode="linear")[0, 0]
-            energy = axis_operator(kernel, place, axis, _marginal(energies, axis)) @ energy
+            energy = axis_operator(kernel, place, axis, _shares(energies, axis)) @ energy
         total *= float(energy.mean())
     return total
 
 
-def _marginal(energies: Tensor, axis: int) -> Tensor:
-    others = tuple(i for i in range(energies.ndim) if i != axis)
-    shares = energies.sum(dim=others) if others else energies
-    return shares / shares.sum()
+def _shares(energies: Tensor, axis: int) -> Tensor:
+    line = marginal(energies, axis)
+    return line / line.sum()

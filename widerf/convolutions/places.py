@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from widerf.convolutions.convolution import Kernel
-from widerf.trace.recorder import record
-from widerf.trace.sandbox import untouched
-from widerf.trace.site import probe_input, spatial_layer
+from widerf.trace.scene import Scene
 from widerf.trace.tape import Step, Tape
 
 _NEARLY = 1.4  # ratio of neighbouring map sizes below which a map was cropped or padded, not resampled
@@ -34,32 +28,16 @@ class Place:
     after: tuple[int, ...]
 
 
-def find_places(model: nn.Module, input_size: Sequence[int], kernels: Sequence[Kernel]) -> dict[str, Place]:
-    """Return the place of each convolution on the way to the last spatial map, in the order in which they run.
-
-    One forward pass in a sandbox; the model comes back as it was.
-    """
-    site = spatial_layer(model, input_size)
-    before: dict[str, tuple[int, ...]] = {}
-    after: dict[str, tuple[int, ...]] = {}
-
-    def note(kernel: Kernel) -> None:
-        def enter(_: nn.Module, inputs: Any) -> None:
-            before.setdefault(kernel.name, tuple(inputs[0].shape[-kernel.rank :]))
-
-        def leave(_: nn.Module, __: Any, output: Tensor) -> None:
-            after.setdefault(kernel.name, tuple(output.shape[-kernel.rank :]))
-
-        kernel.module.register_forward_pre_hook(enter)
-        kernel.module.register_forward_hook(leave)
-
-    with untouched(model), torch.no_grad():
-        for kernel in kernels:
-            note(kernel)
-        tape = record(model, probe_input(model, input_size, batch=1), site)
-    jumps = _jumps(tape)
-    # The recording ends inside the layer that makes the map, before its hook.
-    return {name: Place(jumps.get(name), size, after.get(name, site.shape[1:])) for name, size in before.items()}
+def find_places(scene: Scene, kernels: Sequence[Kernel]) -> dict[str, Place]:
+    """Return the place of each convolution on the way to the map, in the order in which they run."""
+    jumps = _jumps(scene.tape)
+    ranks = {kernel.name: kernel.rank for kernel in kernels}
+    places = {}
+    for name, (came, went) in scene.tape.shapes.items():
+        if name in ranks:
+            after = scene.site.spatial_shape if went is None else went[-ranks[name] :]  # None: it makes the map
+            places[name] = Place(jumps.get(name), came[-ranks[name] :], after)
+    return places
 
 
 def _jumps(tape: Tape) -> dict[str, tuple[float, ...]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from widerf.geometry import marginal, moments
 
 
 def clipped_share(
@@ -39,23 +40,16 @@ def clipped_share(
     """
     cut = 0.0
     for axis, n in enumerate(share.shape):
-        others = [a for a in range(share.ndim) if a != axis]
-        marginal = share.sum(others) if others else share
+        line = marginal(share, axis)
         step = 1 if jump is None else max(round(jump[axis]), 1)
         # Half a standard deviation: narrow enough to follow the tail.
-        band = min(step * max(round(_spread(marginal) / (2 * step)), 1), n // 2)
+        band = min(step * max(round(float(moments(line).variance.sqrt()) / (2 * step)), 1), n // 2)
         half = math.inf if trf_size is None else (trf_size[axis] - 1) / 2
-        for values, inside in ((marginal, center[axis]), (marginal.flip(0), n - 1 - center[axis])):
+        for values, inside in ((line, center[axis]), (line.flip(0), n - 1 - center[axis])):
             beyond = min(half - inside, float(n))
             if beyond > 0 and band > 0:
                 cut += _continuation(float(values[:band].mean()), float(values[band : 2 * band].mean()), band, beyond)
     return cut / (1 + cut)
-
-
-def _spread(marginal: Tensor) -> float:
-    at = torch.arange(len(marginal), dtype=marginal.dtype)
-    mean = (marginal * at).sum()
-    return math.sqrt(float((marginal * (at - mean) ** 2).sum()))
 
 
 def _continuation(outer: float, inner: float, band: int, length: float) -> float:

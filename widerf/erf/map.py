@@ -18,6 +18,7 @@ from widerf.erf.border import clipped_share
 from widerf.erf.gaussian import GaussianFit, fit_gaussian
 from widerf.erf.jackknife import jackknife_error
 from widerf.errors import ClippedWarning, DeadUnitError
+from widerf.geometry import Moments, marginal, moments
 
 CLIPPED_LIMIT = 0.01
 _FIGURES = ("std", "std_per_axis", "centroid", "size", "radius", "area_ratio", "excess_kurtosis", "clipped")
@@ -125,12 +126,12 @@ class ERF:
     @property
     def centroid(self) -> tuple[float, ...]:
         """Centre of mass of the energy map per axis, input pixels."""
-        return tuple(_moments(p)[0] for p in self._marginals())
+        return tuple(float(axis.mean) for axis in self._moments())
 
     @property
     def std_per_axis(self) -> tuple[float, ...]:
         """Standard deviation of the energy map about its centroid, per axis, input pixels."""
-        return tuple(math.sqrt(_moments(p)[1]) for p in self._marginals())
+        return tuple(math.sqrt(float(axis.variance)) for axis in self._moments())
 
     @property
     def std(self) -> float:
@@ -140,7 +141,8 @@ class ERF:
     @property
     def excess_kurtosis(self) -> float:
         """Mean over the axes of the marginals' excess kurtosis: 0 for a Gaussian, −1.2 for a flat map."""
-        values = [fourth / variance**2 - 3 for _, variance, fourth in map(_moments, self._marginals()) if variance > 0]
+        figures = [(float(axis.variance), float(axis.fourth)) for axis in self._moments()]
+        values = [fourth / variance**2 - 3 for variance, fourth in figures if variance > 0]
         return sum(values) / len(values) if values else math.nan
 
     def size(self, level: float = 0.0455, of: Literal["amplitude", "energy"] = "amplitude") -> float:
@@ -278,9 +280,8 @@ class ERF:
                 values[name] = values[name].item()
         return cls(**values)
 
-    def _marginals(self) -> list[Tensor]:
-        axes = range(self.map.ndim)
-        return [self.map.sum([a for a in axes if a != axis]) if self.map.ndim > 1 else self.map for axis in axes]
+    def _moments(self) -> list[Moments]:
+        return [moments(marginal(self.map, axis)) for axis in range(self.map.ndim)]
 
     def _offsets(self) -> list[Tensor]:
         return [torch.arange(n, dtype=torch.float64) - c for n, c in zip(self.map.shape, self.center, strict=True)]
@@ -299,14 +300,6 @@ class ERF:
             high = min(max(math.ceil(c - 1e-9), 0), n - 1)
             values = values[[low, high]].mean(0)
         return float(values)
-
-
-def _moments(marginal: Tensor) -> tuple[float, float, float]:
-    """Mean, variance and fourth central moment of a distribution over 0, 1, 2, and so on."""
-    at = torch.arange(len(marginal), dtype=torch.float64)
-    mean = (marginal * at).sum()
-    away = at - mean
-    return float(mean), float((marginal * away**2).sum()), float((marginal * away**4).sum())
 
 
 def _figure(erf: ERF, figure: str | Callable[[ERF], float], arguments: dict[str, Any]) -> Any:

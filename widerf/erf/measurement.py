@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
+from widerf.erf.frame import Frame
 from widerf.erf.images import Images
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
 from widerf.errors import UntreatedOperatorError
-from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
-from widerf.trace.site import MapSite, check_input_size, check_unit, probe_input, spatial_layer
+from widerf.trace.scene import Scene
+from widerf.trace.site import MapSite, check_unit, probe_input
 
 _MAX_BLOCKS = 32
 _LEAST_DRAWS = 8  # before rtol may stop the measurement
@@ -86,22 +87,20 @@ def measure(
         >>> erf.map.shape, erf.center, erf.trf_size
         (torch.Size([9, 9]), (4.0, 4.0), (5, 5))
     """
-    require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
-    input_size = check_input_size(input_size)
     require(isinstance(samples, int) and samples > 0, "samples", "be a positive integer", samples)
     require(rtol is None or rtol > 0, "rtol", "be positive", rtol)
     require(batch_size is None or batch_size > 0, "batch_size", "be positive", batch_size)
     require(redraw is None or callable(redraw), "redraw", "be callable", redraw, TypeError)
     known = generator is None or isinstance(generator, torch.Generator)
     require(known, "generator", "be a torch.Generator", generator, TypeError)
-    site = spatial_layer(model, input_size, layer)
-    units = _units(unit, site.spatial_shape)
+    scene = Scene.of(model, input_size, layer)
+    units = _units(unit, scene.site.spatial_shape)
     generator = torch.Generator().manual_seed(_SEED) if generator is None else generator
     batch = batch_size or (1 if redraw or _ties_images(model) else min(8, samples))
-    images = Images(inputs, input_size, probe_input(model, input_size, 0), generator)
-    backward = _Backward(model, site, units, generator)
+    images = Images(inputs, scene.input_size, probe_input(model, scene.input_size, 0), generator)
+    backward = _Backward(model, scene.site, units, generator)
     blocks = _Blocks()
-    geometry = _geometry(model, input_size, site, units)
+    frame = _frame(scene, units)
     with untouched(model), _bar(samples, progress) as bar:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -111,9 +110,9 @@ def measure(
             for energy in energies:
                 blocks.add(energy)
             bar.update(len(energies))
-            if rtol is not None and blocks.count >= _LEAST_DRAWS and blocks.precise(rtol, geometry):
+            if rtol is not None and blocks.count >= _LEAST_DRAWS and blocks.precise(rtol, frame):
                 break
-    return blocks.erf(geometry)
+    return blocks.erf(frame)
 
 
 def _units(unit: Unit | Sequence[Unit] | None, spatial_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -203,34 +202,14 @@ class _Backward:
         return (values * (2 * coins - 1).to(values)).sum()
 
 
-@dataclass
-class _Geometry:
-    """Where the units see: what an ERF needs beside the energy."""
-
-    center: tuple[float, ...]
-    trf_size: tuple[int, ...] | None
-    jump: tuple[float, ...]
-    untraced: str | None
-
-
-def _geometry(model: nn.Module, input_size: tuple[int, ...], site: MapSite, units: list[tuple[int, ...]]) -> _Geometry:
+def _frame(scene: Scene, units: list[tuple[int, ...]]) -> Frame:
     """Box that the units see together, by the trace of the model; where there is none, the units' cells stand in."""
-    jump = tuple(n / m for n, m in zip(input_size[1:], site.spatial_shape, strict=True))
     try:
         # The field is the same in both modes; in eval mode a single image will do.
-        with untouched(model), torch.no_grad():
-            tape = record(model.eval(), probe_input(model, input_size, 1), site)
-        field = from_tape(tape, site.name)
+        tape = scene.record(probe_input(scene.model, scene.input_size, 1), evaluating=True)
+        return Frame.of(from_tape(tape, scene.site.name), units)
     except UntreatedOperatorError as error:
-        middle = [sum(u[axis] for u in units) / len(units) for axis in range(len(jump))]
-        center = tuple((m + 0.5) * j - 0.5 for m, j in zip(middle, jump, strict=True))
-        return _Geometry(center, None, jump, str(error))
-    spans = [field.interval(unit) for unit in units]
-    first = [min(low[axis] for low, _ in spans) for axis in range(len(jump))]
-    last = [max(high[axis] for _, high in spans) for axis in range(len(jump))]
-    center = tuple((a + b) / 2 for a, b in zip(first, last, strict=True))
-    size = None if field.global_paths else tuple(b - a + 1 for a, b in zip(first, last, strict=True))
-    return _Geometry(center, size, field.jump, None)
+        return Frame.of_cells(scene.input_size[1:], scene.site.spatial_shape, units, str(error))
 
 
 @dataclass
@@ -257,19 +236,19 @@ class _Blocks:
         self.sums.append(energy)
         self.counts.append(1)
 
-    def precise(self, rtol: float, geometry: _Geometry) -> bool:
-        erf = self.erf(geometry, warn=False)
+    def precise(self, rtol: float, frame: Frame) -> bool:
+        erf = self.erf(frame, warn=False)
         return bool(erf.standard_error("std") <= rtol * erf.std)
 
-    def erf(self, geometry: _Geometry, warn: bool = True) -> ERF:
+    def erf(self, frame: Frame, warn: bool = True) -> ERF:
         require(self.count > 0, "inputs", "hold at least one image", "none")
         blocks = torch.stack(self.sums)
         return ERF.from_energy(
             blocks.sum(0),
-            center=geometry.center,
-            trf_size=geometry.trf_size,
-            jump=geometry.jump,
-            untraced=geometry.untraced,
+            center=frame.center,
+            trf_size=frame.trf_size,
+            jump=frame.jump,
+            untraced=frame.untraced,
             samples=self.count,
             blocks=blocks,
             block_samples=self.counts,

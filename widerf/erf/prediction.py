@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
 from widerf.erf.energy import backpropagate_scaled
+from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
-from widerf.trace.recorder import record
-from widerf.trace.sandbox import untouched
-from widerf.trace.site import MapSite, check_input_size, check_unit, probe_input, spatial_layer
-from widerf.trace.tape import Tape
-
-_SEED = 0
+from widerf.trace.scene import Scene
 
 
 def predict(
@@ -64,37 +59,20 @@ def predict(
         >>> round(erf.std**2, 6) == round(5 * (3**2 - 1) / 12, 6)
         True
     """
-    require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
-    input_size = check_input_size(input_size)
-    site = spatial_layer(model, input_size, layer)
-    index = check_unit(unit, site.spatial_shape)
-    tape, energy, _ = expected_energy(model, input_size, site, index)
-    field = from_tape(tape, site.name)
-    first, last = field.interval(index)
-    return ERF.from_energy(
-        energy.cpu(),
-        center=field.center(index),
-        trf_size=None if field.global_paths else tuple(b - a + 1 for a, b in zip(first, last, strict=True)),
-        jump=field.jump,
-    )
+    return predicted(Scene.of(model, input_size, layer, unit))
 
 
-def expected_energy(
-    model: nn.Module, input_size: tuple[int, ...], site: MapSite, unit: tuple[int, ...], image_seed: int = _SEED
-) -> tuple[Tape, Tensor, float]:
-    """Recording of the pass, energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
-    with untouched(model), torch.no_grad():
-        tape = record(model, _image(model, input_size, image_seed), site)
-        seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
-        place: tuple[Any, ...] = (slice(None), slice(None), *unit)
-        seed[place] = 1
-        energy, log_scale = backpropagate_scaled(tape, seed)
+def predicted(scene: Scene, frame: Frame | None = None) -> ERF:
+    """Return the predicted ERF of a scene; ``frame`` is its geometry where the caller knows that already."""
+    energy, _ = expected_energy(scene)
+    frame = Frame.of(from_tape(scene.tape, scene.site.name), [scene.unit]) if frame is None else frame
+    return ERF.from_energy(energy.cpu(), center=frame.center, trf_size=frame.trf_size, jump=frame.jump)
+
+
+def expected_energy(scene: Scene) -> tuple[Tensor, float]:
+    """Energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
+    with torch.no_grad():
+        energy, log_scale = backpropagate_scaled(scene.tape, scene.seed())
     energy = energy.double().sum(1).mean(0)
     require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
-    return tape, energy, log_scale
-
-
-def _image(model: nn.Module, input_size: tuple[int, ...], seed: int) -> Tensor:
-    like = probe_input(model, input_size, batch=1)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator).to(like)
+    return energy, log_scale

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from widerf.erf.coordinates import read
-from widerf.trace.recorder import record
-from widerf.trace.sandbox import untouched
-from widerf.trace.site import check_unit, probe_input, spatial_layer
+from widerf.trace.scene import Scene
+from widerf.trace.site import check_unit, probe_input
 from widerf.trace.tape import Tape
 
 
@@ -100,10 +99,8 @@ def receptive_field(
         >>> found.size, found.jump, found.center((4, 4))
         ((11, 11), (4.0, 4.0), (16.0, 16.0))
     """
-    site = spatial_layer(model, input_size, layer)
-    with untouched(model), torch.no_grad():
-        tape = record(model, probe_input(model, input_size, batch=1), site)
-    return from_tape(tape, site.name)
+    scene = Scene.of(model, input_size, layer)
+    return from_tape(scene.record(probe_input(model, scene.input_size, batch=1)), scene.site.name)
 
 
 def from_tape(tape: Tape, layer: str) -> ReceptiveField:

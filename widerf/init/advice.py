@@ -8,7 +8,7 @@ from torch import nn
 
 from widerf.convolutions.branches import silent_branches
 from widerf.convolutions.convolution import Kernel
-from widerf.init.plan import Step
+from widerf.init.plan import Change
 from widerf.init.report import LayerChange
 from widerf.report import listed
 
@@ -47,7 +47,7 @@ def _foreign(kernels: Sequence[Kernel]) -> list[str]:
     return names
 
 
-def warnings_of(model: nn.Module, steps: Sequence[Step], rows: Sequence[LayerChange]) -> Iterator[str]:
+def warnings_of(model: nn.Module, steps: Sequence[Change], rows: Sequence[LayerChange]) -> Iterator[str]:
     """Yield the warnings of a report, gravest first."""
     widened = [row.name for row in rows if row.widened]
     chosen = [step.kernel for step in steps if step.shape is not None]
@@ -71,7 +71,7 @@ def warnings_of(model: nn.Module, steps: Sequence[Step], rows: Sequence[LayerCha
     yield from _of_strength(steps, rows)
 
 
-def _of_strength(steps: Sequence[Step], rows: Sequence[LayerChange]) -> Iterator[str]:
+def _of_strength(steps: Sequence[Change], rows: Sequence[LayerChange]) -> Iterator[str]:
     stale = [step.kernel.name for step in steps if "stale" in step.remarks]
     if stale:
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,10 +10,11 @@ from torch import Tensor
 from widerf.convolutions.convolution import Kernel
 from widerf.init.draws import Base
 from widerf.init.weights import Held, hold, is_frozen, without_values
+from widerf.profile.single import solve_axes
 
 
 @dataclass
-class Step:
+class Change:
     """One planned change.
 
     Attributes:
@@ -41,13 +42,19 @@ class Step:
         return without_values(self.held) if due and self.held is not None else None
 
 
+def solve_ahead(kernels: Sequence[Kernel], strength: float) -> None:
+    """Solve the profiles of all kernel sizes in one programme: each later look finds its profile solved."""
+    able = [kernel for kernel in kernels if kernel.offsets is None and kernel.nothing_to_gain() is None]
+    solve_axes({k for kernel in able for cell in kernel.cells for k in cell.size}, strength)
+
+
 def plan(
-    kernels: list[Kernel],
+    kernels: Sequence[Kernel],
     chosen: set[str],
     named: bool,
     shapes: Callable[[Kernel], tuple[Tensor, float] | str],
     base: Base,
-) -> list[Step]:
+) -> list[Change]:
     """Return what to do with each layer; nothing is changed yet.
 
     Args:
@@ -60,7 +67,7 @@ def plan(
     steps, owners = [], dict[object, str]()
     for kernel in kernels:
         held = hold(kernel)
-        step = Step(kernel, None if isinstance(held, str) else held, "not selected")
+        step = Change(kernel, None if isinstance(held, str) else held, "not selected")
         steps.append(step)
         if kernel.name not in chosen:
             continue

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from widerf.convolutions.convolution import Kernel
 from widerf.init.draws import Base, draw_
-from widerf.init.plan import Step
+from widerf.init.plan import Change
 from widerf.init.report import LayerChange
 from widerf.init.weights import Backup, Experts, Held, without_values
 
@@ -21,7 +21,7 @@ _ALREADY_WIDE = 0.15  # strength that fresh weights show by chance at most (and 
 
 
 @torch.no_grad()
-def execute(step: Step, base: Base, generator: Generator | None, dry_run: bool) -> LayerChange:
+def execute(step: Change, base: Base, generator: Generator | None, dry_run: bool) -> LayerChange:
     """Make one planned change, or in a dry run only tell what it would give."""
     kernel, held = step.kernel, step.held
     row = LayerChange(kernel.name, kernel.kind, kernel.kernel_size, None, None, None, None, step.verdict)
@@ -60,7 +60,7 @@ def factors_for(kernel: Kernel, energies: Tensor, ratio: Tensor) -> Tensor:
     return factors
 
 
-def _remembered(step: Step, energies: Tensor) -> Tensor | None:
+def _remembered(step: Change, energies: Tensor) -> Tensor | None:
     """Return the relative energies that an earlier call gave this weight, if nobody has changed it since."""
     mark = getattr(step.kernel.module, MARK, None)
     if mark is None:
@@ -73,7 +73,7 @@ def _remembered(step: Step, energies: Tensor) -> Tensor | None:
     return torch.tensor(mark["shape"], dtype=torch.float64).view_as(energies)
 
 
-def _rescale(step: Step, held: Held, energies: Tensor, shape: Tensor, dry_run: bool) -> tuple[Tensor | None, str]:
+def _rescale(step: Change, held: Held, energies: Tensor, shape: Tensor, dry_run: bool) -> tuple[Tensor | None, str]:
     """Give the weight the wanted relative energies.
 
     Returns:
@@ -102,7 +102,7 @@ def _rescale(step: Step, held: Held, energies: Tensor, shape: Tensor, dry_run: b
     return _write(step, held, factors, wanted)
 
 
-def _note_wide(step: Step, energies: Tensor, weights: int) -> None:
+def _note_wide(step: Change, energies: Tensor, weights: int) -> None:
     """Remark if the weights are wider than uniform ones are by chance: another call or a load may have widened them."""
     low, high = step.kernel.variance_range()
     if high - low < 1e-9 * high:
@@ -112,7 +112,7 @@ def _note_wide(step: Step, energies: Tensor, weights: int) -> None:
         step.remarks["wide"] = f"{place:.2g}"
 
 
-def _write(step: Step, held: Held, factors: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
+def _write(step: Change, held: Held, factors: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
     """Scale the taps; where the weight is computed from others, see whether that held and undo it if not."""
     kernel, verdict = step.kernel, step.verdict
     coarse = held.read().dtype in (torch.float16, torch.bfloat16)

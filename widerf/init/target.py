@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from widerf._checks import require
 from widerf.convolutions.convolution import Kernel
 from widerf.convolutions.sensitivity import sensitivity
-from widerf.init.plan import plan
+from widerf.init.outlook import Outlook
+from widerf.init.plan import plan, solve_ahead
 from widerf.init.rescale import execute
 from widerf.profile.network import allocate, largest_gain
 from widerf.profile.single import strength_of
 from widerf.trace.sandbox import untouched
+from widerf.trace.scene import Scene
 
 # What a kernel is to get: relative energies and strength, or why it is left alone.
 Shapes: TypeAlias = Callable[[Kernel], "tuple[Tensor, float] | str"]
 
 _CLOSE = 1e-3  # relative error of the predicted gain that ends the search
 _TRIALS = 12
+_PROBE = 0.5  # strength towards which a layer's part in the network's variance is taken
 _OFF = "widening it does not widen the network's ERF"
 
 
@@ -67,18 +68,19 @@ class Weighted:
         return lambda kernel: found.get(kernel.name, _OFF)
 
 
-def weigh(model: nn.Module, kernels: Sequence[Kernel], input_size: Sequence[int]) -> Weighted:
+def weigh(scene: Scene, kernels: Sequence[Kernel]) -> Weighted:
     """Return how much each kernel's variance counts in the network's.
 
     The share of paths that go through a layer, its jump and its dilation are all in one number: by how much the
     predicted variance answers if the layer's tap energies move from uniform towards soft corners (:func:`sensitivity`).
     """
-    found = sensitivity(model, input_size, kernels)
+    found = sensitivity(scene, kernels)
+    solve_ahead(kernels, _PROBE)
     kept, weights = [], []
     for kernel in kernels:
         if kernel.offsets is not None or kernel.nothing_to_gain() is not None or kernel.name not in found.slopes:
             continue
-        half = kernel.shape(0.5)
+        half = kernel.shape(_PROBE)
         answer = float((found.slopes[kernel.name] * (half - 1)).sum())
         spread = sum((x**2 for x in kernel.spacing), start=0.0) / kernel.rank
         widening = (kernel.std(half) ** 2 - kernel.std(kernel.shape(0.0)) ** 2) / spread
@@ -88,30 +90,20 @@ def weigh(model: nn.Module, kernels: Sequence[Kernel], input_size: Sequence[int]
     return Weighted(kept, weights, found.variance)
 
 
-def predicted_std(model: nn.Module, input_size: Sequence[int]) -> float:
-    """Return the predicted std of the network's ERF; the warning about clipping is the caller's to give."""
-    from widerf.erf.prediction import predict
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(predict(model, input_size).std)
-
-
-def _trial(model: nn.Module, kernels: Sequence[Kernel], chosen: set[str], shapes: Shapes, size: Sequence[int]) -> float:
+def _trial(outlook: Outlook, kernels: Sequence[Kernel], chosen: set[str], shapes: Shapes) -> float:
     """Return the predicted std of the model as ``shapes`` would make it; the model comes back as it was."""
-    with untouched(model):
-        for step in plan(list(kernels), chosen, True, shapes, None):
-            execute(step, None, None, dry_run=False)
-        return predicted_std(model, size)
+    with untouched(outlook.scene.model):
+        changes = plan(kernels, chosen, True, shapes, None)
+        for change in changes:
+            execute(change, None, None, dry_run=False)
+        std, problem = outlook.after(changes)
+    if std is None:
+        raise ValueError(f"target must leave a model whose ERF can be predicted: {problem}")
+    return std
 
 
 def shapes_for(
-    model: nn.Module,
-    kernels: Sequence[Kernel],
-    chosen: set[str],
-    target: float,
-    input_size: Sequence[int],
-    cap: float = 1.0,
+    outlook: Outlook, kernels: Sequence[Kernel], chosen: set[str], target: float, cap: float = 1.0
 ) -> Shapes:
     """Return the profiles of least total KL with which the predicted std of the network is ``target`` times today's.
 
@@ -123,13 +115,14 @@ def shapes_for(
     """
     require(isinstance(target, (int, float)) and math.isfinite(target), "target", "be a number", target, TypeError)
     require(target >= 1.0, "target", "be at least 1: a ratio of stds", target)
-    with torch.no_grad():
-        weighted = weigh(model, [kernel for kernel in kernels if kernel.name in chosen], input_size)
-    today = predicted_std(model, input_size)
+    if outlook.std is None:
+        raise ValueError(f"target must be given for a model whose ERF can be predicted: {outlook.problem}")
+    today = outlook.std
+    weighted = weigh(outlook.scene, [kernel for kernel in kernels if kernel.name in chosen])
     highest = largest_gain(*weighted.cells(), cap=cap, fixed=weighted.fixed()) if weighted.kernels else 1.0
 
     def reached(gain: float) -> float:
-        return _trial(model, kernels, chosen, weighted.shapes(gain, cap), input_size) / today
+        return _trial(outlook, kernels, chosen, weighted.shapes(gain, cap)) / today
 
     limit = reached(highest) if weighted.kernels else 1.0
     rule = f"be at most {limit:.3f}, the largest gain that this network can have at strength {cap:g}"

@@ -19,18 +19,18 @@ from widerf._checks import require
 from widerf.convolutions.branches import undone
 from widerf.convolutions.convolution import Kernel
 from widerf.convolutions.padding import border_loss, chain_energy
-from widerf.convolutions.places import Place, find_places
+from widerf.convolutions.places import Place
 from widerf.convolutions.selection import Selector, find_kernels, select
-from widerf.convolutions.sensitivity import predicted_std
 from widerf.geometry import ntuple
 from widerf.init.advice import warnings_of
 from widerf.init.draws import Base, check_base
-from widerf.init.plan import Step, plan
+from widerf.init.outlook import Outlook
+from widerf.init.plan import Change, plan, solve_ahead
 from widerf.init.report import InitReport, LayerChange
 from widerf.init.rescale import execute, factors_for
 from widerf.init.target import Shapes, shapes_for
 from widerf.init.weights import Backup
-from widerf.profile.single import check_strength, solve_axes
+from widerf.profile.single import check_strength
 from widerf.trace.sandbox import untouched
 
 
@@ -99,25 +99,27 @@ def apply(
     chosen = {kernel.name for kernel in kernels} if only is None else select(kernels, model, only, "only")
     chosen -= set() if skip is None else select(kernels, model, skip, "skip")
     require(target is None or input_size is not None, "input_size", "be given together with target", input_size)
+    outlook = None if input_size is None or target is None else Outlook.of(model, input_size)
     shapes: Shapes = lambda kernel: (kernel.shape(strength), strength)  # noqa: E731
-    wanted = [kernel for kernel in kernels if kernel.name in chosen and kernel.nothing_to_gain() is None]
-    solve_axes({k for kernel in wanted if kernel.offsets is None for c in kernel.cells for k in c.size}, strength)
-    if target is not None and input_size is not None:
-        shapes = shapes_for(model, kernels, chosen, target, input_size, cap)
+    if outlook is not None and target is not None:
+        shapes = shapes_for(outlook, kernels, chosen, target, cap)
+    else:
+        solve_ahead([kernel for kernel in kernels if kernel.name in chosen], strength)
     steps = plan(kernels, chosen, only is not None, shapes, base)
     for step in steps:
         holds = "hold values in every layer that is to change"
         require(step.refusal is None or dry_run, "model", holds, f"{step.kernel.name} ({step.refusal})")
-    places = {} if input_size is None else find_places(model, input_size, kernels)
-    before, problem = predicted_std(model, input_size)
-    after = None
-    if dry_run and before is not None:
+    if outlook is None and input_size is not None:
+        outlook = Outlook.of(model, input_size)
+    places = {} if outlook is None else outlook.places(kernels)
+    before, after, problem = (None, None, "") if outlook is None else (outlook.std, None, outlook.problem)
+    if dry_run and outlook is not None and before is not None:
         with untouched(model), _kept(generator):
             _change(steps, base, generator, dry_run=False)
-            after, problem = predicted_std(model, input_size)
+            after, problem = outlook.after(steps)
     rows = _change(steps, base, generator, dry_run)
-    if not dry_run and before is not None:
-        after, problem = predicted_std(model, input_size)
+    if not dry_run and outlook is not None and before is not None:
+        after, problem = outlook.after(steps)
     rows = _told(rows, steps, places, undone(model, kernels))
     notes = [*warnings_of(model, steps, rows), *([problem] if problem else [])]
     stds = (before, after) if before and after else None
@@ -142,7 +144,7 @@ def _kept(generator: Generator | None) -> Iterator[None]:
 
 
 def _told(
-    rows: Sequence[LayerChange], steps: Sequence[Step], places: Mapping[str, Place], notes: Mapping[str, str]
+    rows: Sequence[LayerChange], steps: Sequence[Change], places: Mapping[str, Place], notes: Mapping[str, str]
 ) -> list[LayerChange]:
     """Return the rows with what the network tells about each layer."""
     told = []
@@ -159,7 +161,7 @@ def _told(
     return told
 
 
-def _signal_kept(steps: Sequence[Step], rows: Sequence[LayerChange], places: Mapping[str, Place]) -> float | None:
+def _signal_kept(steps: Sequence[Change], rows: Sequence[LayerChange], places: Mapping[str, Place]) -> float | None:
     """Return what zero padding leaves after a chain of the widened layers, after over before."""
     shapes = {step.kernel.name: step for step, row in zip(steps, rows, strict=True) if row.border_after is not None}
     chain = [(shapes[name], place) for name, place in places.items() if name in shapes]
@@ -172,7 +174,7 @@ def _signal_kept(steps: Sequence[Step], rows: Sequence[LayerChange], places: Map
     )
 
 
-def _change(steps: Sequence[Step], base: Base, generator: Generator | None, dry_run: bool) -> list[LayerChange]:
+def _change(steps: Sequence[Change], base: Base, generator: Generator | None, dry_run: bool) -> list[LayerChange]:
     """Make all changes; if the user's own ``base`` fails on the way, undo those made."""
     if not callable(base) or dry_run:
         return [execute(step, base, generator, dry_run) for step in steps]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from widerf._checks import require
+from widerf.geometry import Moments, marginal, moments
 
 if TYPE_CHECKING:
     from widerf.erf.map import ERF
@@ -50,31 +51,24 @@ class Coverage:
                 solid = solid.narrow(axis, 0, n) & solid.narrow(axis, 1, n)
         return side
 
-    def _moments(self, power: int) -> list[Tensor]:
-        """Central moments of the energy along each axis."""
-        moments = []
-        for axis, n in enumerate(self.energy.shape):
-            others = [a for a in range(self.energy.dim()) if a != axis]
-            share = self.energy.sum(others) if others else self.energy
-            x = torch.arange(n, dtype=torch.float64)
-            moments.append((share * (x - (share * x).sum()) ** power).sum())
-        return moments
+    def _moments(self) -> list[Moments]:
+        return [moments(marginal(self.energy, axis)) for axis in range(self.energy.dim())]
 
     @property
     def std(self) -> float:
         """Root of the mean of the axis variances, in pixels."""
-        return float(torch.stack(self._moments(2)).mean().sqrt())
+        return float(torch.stack([axis.variance for axis in self._moments()]).mean().sqrt())
 
     @property
     def std_per_axis(self) -> tuple[float, ...]:
         """Standard deviation along each axis, in pixels."""
-        return tuple(float(v.sqrt()) for v in self._moments(2))
+        return tuple(float(axis.variance.sqrt()) for axis in self._moments())
 
     @property
     def excess_kurtosis(self) -> float:
         """Mean over the axes of μ₄/σ⁴ − 3: 0 for a Gaussian, −1.2 for a flat square; NaN without any width."""
-        pairs = zip(self._moments(4), self._moments(2), strict=True)
-        return float(torch.stack([m4 / m2**2 - 3 for m4, m2 in pairs if m2 > 0] or [torch.tensor(torch.nan)]).mean())
+        figures = [axis.fourth / axis.variance**2 - 3 for axis in self._moments() if axis.variance > 0]
+        return float(torch.stack(figures or [torch.tensor(torch.nan)]).mean())
 
     @property
     def sidelobe(self) -> float:
@@ -87,8 +81,8 @@ class Coverage:
         size = [1 << (8 * n - 1).bit_length() if n > 1 else 1 for n in self.energy.shape]
         gain = torch.fft.fftn(self.energy, s=size).abs()
         away = torch.zeros(size, dtype=torch.float64)
-        for axis, (n, variance) in enumerate(zip(size, self._moments(2), strict=True)):
-            f = torch.fft.fftfreq(n, dtype=torch.float64).square() * 12 * variance
+        for axis, (n, figures) in enumerate(zip(size, self._moments(), strict=True)):
+            f = torch.fft.fftfreq(n, dtype=torch.float64).square() * 12 * figures.variance
             away += f.view([-1 if a == axis else 1 for a in range(len(size))])
         return float(gain[away > 1].max()) if bool((away > 1).any()) else 0.0
 

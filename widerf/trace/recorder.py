@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widerf._checks import require
 from widerf.errors import UntreatedOperatorError
-from widerf.trace.site import MapSite
+from widerf.trace.site import MapSite, tensors_in
 from widerf.trace.tape import Step, Tape, operator_name
 
 # Operators that read the shape of a tensor and not what it holds.
@@ -49,12 +49,18 @@ def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
     recorder = _Recorder(images, {id(module): name for name, module in model.named_modules()})
     calls = 0
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, inputs: Any) -> None:
         recorder.path.append(recorder.names.get(id(module), recorder.path[-1]))
+        came = _first_shape(inputs)
+        if came is not None:
+            recorder.tape.shapes.setdefault(recorder.path[-1], (came, None))
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         nonlocal calls
-        recorder.path.pop()
+        name = recorder.path.pop()
+        came, went = recorder.tape.shapes.get(name, ((), ()))
+        if went is None and module is not site.module:
+            recorder.tape.shapes[name] = (came, _first_shape(output))
         if module is site.module:
             if calls == site.call:
                 raise _ReachedError(site.lay(output))
@@ -248,6 +254,10 @@ def _functional(func: Any) -> Any:
     if packet is None or func._overloadname not in packet.overloads():
         raise UntreatedOperatorError(f"the recording has no form of operator {func} that leaves its input alone")
     return getattr(packet, func._overloadname)
+
+
+def _first_shape(tensors: Any) -> tuple[int, ...] | None:
+    return next((tuple(tensor.shape) for tensor in tensors_in(tensors)), None)
 
 
 def _frozen(leaf: Any, written: list[Tensor]) -> Any:

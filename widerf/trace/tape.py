@@ -97,11 +97,14 @@ class Tape:
         steps: the operators that depend on the input, in the order in which they ran.
         values: each value's tensor; the input is value 0.
         target: identity of the map, laid out as (batch, channels, *spatial).
+        shapes: module name → shapes of the first input and output tensor of its first call; a module that was still
+            running when the map was reached has no output.
     """
 
     steps: list[Step] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     target: int = -1
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = field(default_factory=dict)
 
     def needed(self) -> list[Step]:
         """The steps that lie on a path from the input to the map, in order."""
@@ -112,6 +115,20 @@ class Tape:
                 alive.update(step.inputs.values())
                 steps.append(step)
         return steps[::-1]
+
+    def replayed(self) -> Tape:
+        """The recording with its constants as they are now: the same steps on the same input, run again.
+
+        Weights that were changed in place are read anew; what was computed from weights outside the steps is not. An
+        operator that writes (batch statistics) does so again: the caller keeps the model safe.
+        """
+        values = list(self.values)
+        for step in self.needed():
+            outputs = step.call({position: values[value] for position, value in step.inputs.items()})
+            for value, output in zip(step.outputs, outputs, strict=False):
+                if value is not None:
+                    values[value] = output
+        return Tape(self.steps, values, self.target, self.shapes)
 
 
 def operator_name(op: Any) -> str:
