@@ -38,10 +38,9 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 
 def test_a_function_is_not_hidden_by_the_module_that_holds_it() -> None:
-    import widerf.measurement
-    import widerf.prediction
-
-    import widerf.conversion
+    import widerf.conversion.swap
+    import widerf.erf.measurement
+    import widerf.erf.prediction
 
     assert callable(widerf.measure)
     assert callable(widerf.predict)

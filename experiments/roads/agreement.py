@@ -16,6 +16,7 @@ import argparse
 import math
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch

@@ -229,7 +229,7 @@ INTERPRETED = """
 import torch
 from tests.kernels.test_kernels import case
 from widerf.kernels import op
-from widerf.layout import read_plan
+from widerf.kernels.plan import read_plan
 from widerf import columns
 
 for rank, groups, last in ((1, 1, False), (2, 1, True), (2, 4, False)):

@@ -79,7 +79,7 @@ def compare(erfs: Mapping[str, ERF], *, columns: int = 4) -> Figure:
 
     Example:
         >>> import torch
-        >>> from widerf.erf import ERF
+        >>> from widerf import ERF
         >>> erf = ERF.from_energy(torch.rand(9, 9), center=(4, 4), trf_size=(9, 9))
         >>> len(compare({"before": erf, "after": erf}).axes)  # two maps and the scale
         3

@@ -74,6 +74,7 @@ def allocate(
         RuntimeError: with the solver's status, if it fails.
 
     Example:
+        >>> from widerf.profile import strength_of
         >>> stem, last = allocate([(3, 3), (3, 3)], [1.0, 16.0], 1.10)
         >>> round(strength_of(stem), 3), round(strength_of(last), 3)
         (0.033, 0.444)
