@@ -230,7 +230,7 @@ import torch
 from tests.kernels.test_kernels import case
 from widerf.kernels import op
 from widerf.kernels.plan import read_plan
-from widerf import columns
+from widerf.kernels import columns
 
 for rank, groups, last in ((1, 1, False), (2, 1, True), (2, 4, False)):
     x, weight, grad, text, _ = case(rank, groups, last=last)
