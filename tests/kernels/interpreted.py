@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from tests.reference import scattered_convolution
 
+ROUNDING = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}  # relative error of one rounding, either way
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,13 +46,53 @@ class Case:
 def begin() -> None:
     """Triton reads this when it is imported: not to be called where other tests run."""
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaNs: what no kernel writes is seen
+
+
+@contextmanager
+def interpreting() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton interprets: it decides that when it is imported, for good."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin) as pool:
+        yield pool
+
+
+def wrong(found: dict[str, float], case: Case) -> list[str]:
+    """The maps that are not right to one rounding of their numbers; what is no number is wrong."""
+    return [name for name, error in found.items() if not error <= ROUNDING[case.dtype]]
+
+
+@contextmanager
+def _changed(module: Any, kernel: str, old: str, new: str) -> Iterator[Any]:
+    """The module as it would be with one place of one kernel changed: in a file, where Triton looks for sources."""
+    source = Path(module.__file__).read_text()
+    start = source.index(f"\ndef {kernel}(")
+    end = source.find("\n@jit", start)
+    body = source[start:end]
+    assert body.count(old) == 1, (kernel, body.count(old), old)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mutant.py")
+        path.write_text(source[:start] + body.replace(old, new) + source[end:])
+        spec = importlib.util.spec_from_file_location("mutant", path)
+        assert spec and spec.loader
+        changed = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(changed)
+        yield changed
+
+
+def errors_of_mutant(case: Case, kernel: str, old: str, new: str) -> dict[str, float]:
+    """Return `errors` with ``old`` in the kernel's source replaced by ``new``."""
+    from widerf.kernels import cuda, triton_kernels
+
+    with _changed(triton_kernels, kernel, old, new) as changed, mock.patch.object(cuda, "_kernels", lambda: changed):
+        return errors(case)
 
 
 def arranged(tensor: Tensor, layout: str) -> Tensor:
     """The same numbers in memory of another order."""
     if layout == "channels_last":
         return tensor.to(memory_format=torch.channels_last)
-    if layout == "sliced":
+    if layout == "sliced":  # within numbers that show up wherever they are read
         wide = torch.full([n + 2 for n in tensor.shape], torch.nan, dtype=tensor.dtype)
         inner = wide[tuple(slice(1, -1) for _ in tensor.shape)]
         return inner.copy_(tensor)

@@ -231,10 +231,13 @@ def _fold(
         _sum_taps(columns, None, into, tables.narrow_table, tables.narrow, (b, c * taps, c, h, w), (1, 1), stride, last)
 
 
-def _chunks(pixels: int, programs: int, numbers: int) -> tuple[int, int]:
-    """Return (chunk, number of chunks) of the pixels of a weight gradient that ``programs`` programs compute."""
-    most = min(-(-PROGRAMS // programs), -(-pixels // (8 * PIXELS)), max(1, COLUMNS // numbers))
-    chunk = -(-pixels // (most * PIXELS)) * PIXELS
+def _chunks(pixels: int, step: int, programs: int, numbers: int) -> tuple[int, int]:
+    """Return (chunk, number of chunks) of the pixels of a weight gradient that ``programs`` programs compute.
+
+    A chunk is whole steps of ``step`` pixels: part of a step costs what a whole one does.
+    """
+    most = min(-(-PROGRAMS // programs), -(-pixels // max(8 * PIXELS, step)), max(1, COLUMNS // numbers))
+    chunk = -(-pixels // (most * step)) * step
     return chunk, -(-pixels // chunk)
 
 
@@ -253,7 +256,7 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
     if ins == outs == groups:
         options = {"BM": 32, "BC": 32} if last else {"BM": 512, "BC": 1}
         row_blocks = -(-ins // options["BC"])
-        chunk, splits = _chunks(pixels, row_blocks * taps, ins * taps)
+        chunk, splits = _chunks(pixels, options["BM"], row_blocks * taps, ins * taps)
         scratch = x.new_empty(splits, ins, 1, taps, dtype=torch.float32)
         _launch(
             _kernels().tap_weight, (row_blocks * taps, splits), x, g, scratch, tables.table, ins, row_blocks,
@@ -263,7 +266,7 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
     big = _big(x, g)
     options = _tiles(x.dtype, n, PIXELS, 32 if big else 64)
     k_blocks, n_blocks = -(-per_group * taps // options["BK"]), -(-n // options["BN"])
-    chunk, splits = _chunks(pixels, k_blocks * n_blocks * groups, outs * per_group * taps)
+    chunk, splits = _chunks(pixels, options["BM"], k_blocks * n_blocks * groups, outs * per_group * taps)
     scratch = x.new_empty(splits, outs, taps, per_group, dtype=torch.float32)
     _launch(
         _kernels().weight_gemm, (k_blocks * n_blocks, groups, splits), x, g, scratch, tables.table,

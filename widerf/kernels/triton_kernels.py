@@ -177,10 +177,11 @@ def weight_gemm(
     acc = tl.zeros((BN, BK), dtype=tl.float32)
     if BIG:
         split = split.to(tl.int64)
-    for m0 in range(split * chunk, tl.minimum(split * chunk + chunk, pixels), BM):
+    end = tl.minimum(split * chunk + chunk, pixels)
+    for m0 in range(split * chunk, end, BM):
         m = m0 + tl.arange(0, BM)
         image, u, v = _unit(m, out_height, out_width)
-        live = _across(m < pixels, CHANNELS_LAST)
+        live = _across(m < end, CHANNELS_LAST)
         row = _across(u * stride_y, CHANNELS_LAST) + dy
         column = _across(v * stride_x, CHANNELS_LAST) + dx
         row, column, inside = _inside(row, column, height, width, 1, 1, False)
@@ -267,10 +268,11 @@ def tap_weight(
     if BIG:
         split = split.to(tl.int64)
     acc = tl.zeros((BM, BC), dtype=tl.float32) if CHANNELS_LAST else tl.zeros((BC, BM), dtype=tl.float32)
-    for m0 in range(split * chunk, tl.minimum(split * chunk + chunk, pixels), BM):
+    end = tl.minimum(split * chunk + chunk, pixels)
+    for m0 in range(split * chunk, end, BM):
         m = m0 + tl.arange(0, BM)
         image, u, v = _unit(m, out_height, out_width)
-        live = _across(m < pixels, CHANNELS_LAST) & _across(known, not CHANNELS_LAST)
+        live = _across(m < end, CHANNELS_LAST) & _across(known, not CHANNELS_LAST)
         row = _across(u * stride_y, CHANNELS_LAST) + dy
         column = _across(v * stride_x, CHANNELS_LAST) + dx
         row, column, inside = _inside(row, column, height, width, 1, 1, False)
