@@ -46,10 +46,10 @@ def sensitivity(
         images = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
         tape = record(model, images, site)
     weights: list[tuple[str, Tensor]] = []
-    for index, step in enumerate(tape.steps):
+    for index, step in enumerate(tape.calls):
         if step.name == "convolution" and step.module in names and isinstance(step.leaves[1], Tensor):
             weight = step.leaves[1].detach().clone().requires_grad_()
-            tape.steps[index] = replace(step, leaves=(step.leaves[0], weight, *step.leaves[2:]))
+            tape.calls[index] = replace(step, leaves=(step.leaves[0], weight, *step.leaves[2:]))
             weights.append((step.module, weight))
     seed = torch.zeros_like(tape.values[tape.target], memory_format=torch.contiguous_format)
     centre: Any = (slice(None), slice(None), *(n // 2 for n in site.spatial_shape))
