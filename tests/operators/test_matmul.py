@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from widerf import measure, predict, receptive_field
+from widerf.errors import ClippedWarning
 
 
 class Mixed(nn.Module):
@@ -30,8 +31,8 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.row = nn.Parameter(torch.linspace(-1, 2, 4 * 9 * 9))
+        self.conv, self.last = nn.Conv2d(2, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.row = nn.Parameter(torch.randn(32 * 9 * 9) / 50)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).tanh()
@@ -57,6 +58,7 @@ def test_a_scalar_product_with_the_whole_map_is_a_global_path() -> None:
     model = built(Gated)
     field = receptive_field(model, (2, 9, 9))
     assert (field.size, field.global_paths) == ((5, 5), ("",))
-    predicted = predict(model, (2, 9, 9))
-    assert int((predicted.map > 0).sum()) == 81 and predicted.trf_size is None
-    assert predicted.std == pytest.approx(measure(model, (2, 9, 9), samples=64).std, rel=0.1)
+    for road in (lambda: predict(model, (2, 9, 9)), lambda: measure(model, (2, 9, 9), samples=8)):
+        with pytest.warns(ClippedWarning, match="whole image"):
+            erf = road()
+        assert int((erf.map > 0).sum()) == 81 and erf.trf_size is None
