@@ -24,7 +24,7 @@ def replayed(tape: Tape, image: Tensor) -> Tensor:
     """The map, made by running the recorded operators one after another."""
     values = {0: image}
     for step in tape.needed():
-        outputs = step.call({position: values[value] for position, value in step.inputs.items()})
+        outputs = step.run({position: values[value] for position, value in step.inputs.items()})
         values.update({value: out for value, out in zip(step.outputs, outputs, strict=True) if value is not None})
     return values[tape.target]
 
@@ -75,7 +75,7 @@ def test_the_recorded_values_are_those_of_the_replay(model: nn.Module) -> None:
     with torch.no_grad():
         tape = taped(model, image, "")
         for step in tape.needed():
-            outputs = step.call({position: tape.values[value] for position, value in step.inputs.items()})
+            outputs = step.run({position: tape.values[value] for position, value in step.inputs.items()})
             for value, out in zip(step.outputs, outputs, strict=True):
                 if value is not None:
                     torch.testing.assert_close(tape.values[value], out, rtol=0, atol=0)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from widerf.convolutions.convolution import Kernel
+from widerf.operators import rule_of
 from widerf.trace.scene import Scene
-from widerf.trace.tape import Step, Tape
+from widerf.trace.tape import Call, Tape
 
 _NEARLY = 1.4  # ratio of neighbouring map sizes below which a map was cropped or padded, not resampled
 
@@ -46,30 +47,29 @@ def _jumps(tape: Tape) -> dict[str, tuple[float, ...]]:
     rank = len(image)
     known: dict[int, tuple[float, ...]] = {0: (1.0,) * rank}
     found: dict[str, tuple[float, ...]] = {}
-    for step in tape.needed():
-        shapes = {value: tuple(tape.values[value].shape) for value in step.inputs.values()}
+    for call in tape.needed():
+        shapes = {value: tuple(tape.values[value].shape) for value in call.inputs.values()}
         maps = [value for value, shape in shapes.items() if len(shape) == rank + 2]
-        if step.name == "convolution" and maps:
+        if call.name == "convolution" and maps:
             guess = tuple(max(1.0, round(n / m)) for n, m in zip(image, shapes[maps[0]][2:], strict=True))
             known.setdefault(maps[0], guess)  # behind tokens or other layouts: from the sizes
-            found.setdefault(step.module, known[maps[0]])
+            found.setdefault(call.module, known[maps[0]])
         source = next((value for value in maps if value in known), None)
-        for out in step.outputs:
+        for out in call.outputs:
             if source is not None and out is not None and len(tape.values[out].shape) == rank + 2:
-                ratio = _ratio(step, tape, shapes[source][2:], tuple(tape.values[out].shape[2:]))
+                ratio = _ratio(call, tape, shapes[source], tuple(tape.values[out].shape))
                 known[out] = tuple(jump * r for jump, r in zip(known[source], ratio, strict=True))
     return found
 
 
-def _ratio(step: Step, tape: Tape, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, ...]:
-    """Return by how much a step multiplies the jump."""
-    if step.name == "convolution" or ("pool" in step.name and "adaptive" not in step.name):
-        arguments = step.arguments(tape.values)
-        stride = [float(s) for s in arguments["stride"]] or [float(k) for k in arguments["kernel_size"]]
-        stride = stride * len(before) if len(stride) == 1 else stride
-        return tuple(1.0 / s if arguments.get("transposed") else s for s in stride)
+def _ratio(call: Call, tape: Tape, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, ...]:
+    """Return by how much a call multiplies the jump: as its rule says, else as the sizes of the maps tell it."""
+    rule = rule_of(call.op)
+    factors = rule.jump(call, call.arguments(tape.values), before, after) if rule is not None else None
+    if factors is not None and len(factors) == len(before) - 2:
+        return factors
     ratios = []
-    for n, m in zip(before, after, strict=True):
+    for n, m in zip(before[2:], after[2:], strict=True):
         ratio = n / max(m, 1)
         snapped = round(ratio) if ratio >= 1 else 1.0 / round(1.0 / ratio) if ratio > 0 else 1.0
         ratios.append(1.0 if 1 / _NEARLY < ratio < _NEARLY else float(snapped))

@@ -38,14 +38,14 @@ def sensitivity(scene: Scene, kernels: Sequence[Kernel]) -> Sensitivity:
     respect to the logarithm of the tap's energy. One energy pass over the scene's recording and its derivative.
     """
     names = {kernel.name for kernel in kernels}
-    steps, weights = list(scene.tape.steps), list[tuple[str, Tensor]]()
-    for index, step in enumerate(steps):
-        if step.name == "convolution" and step.module in names and isinstance(step.leaves[1], Tensor):
-            weight = step.leaves[1].detach().clone().requires_grad_()
-            steps[index] = replace(step, leaves=(step.leaves[0], weight, *step.leaves[2:]))
-            weights.append((step.module, weight))
+    calls, weights = list(scene.tape.calls), list[tuple[str, Tensor]]()
+    for index, call in enumerate(calls):
+        if call.name == "convolution" and call.module in names and isinstance(call.leaves[1], Tensor):
+            weight = call.leaves[1].detach().clone().requires_grad_()
+            calls[index] = replace(call, leaves=(call.leaves[0], weight, *call.leaves[2:]))
+            weights.append((call.module, weight))
     with torch.enable_grad():
-        energy = backpropagate(replace(scene.tape, steps=steps), scene.seed()).double().sum(1).mean(0)
+        energy = backpropagate(replace(scene.tape, calls=calls), scene.seed()).double().sum(1).mean(0)
         variance = _variance(energy)
         gradients = torch.autograd.grad(variance, [w for _, w in weights], allow_unused=True)
     slopes: dict[str, Tensor] = {}

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from widerf.operators.box_rules import MIXING, RULES, normalises_space
-from widerf.operators.boxes import EMPTY, merges_positions, misalignment, pixels
-from widerf.operators.names import kind_of
-from widerf.trace.tape import Step, Tape
+from widerf.operators import rule_of
+from widerf.operators.boxes import EMPTY, merges_positions, misalignment, pixels, scaled
+from widerf.operators.rule import Rule
+from widerf.trace.tape import Call, Tape
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,42 +42,47 @@ def read(tape: Tape) -> Reading:
     Raises:
         UntreatedOperatorError: for an operator without a rule.
     """
-    steps = tape.needed()
-    last_use = {value: index for index, step in enumerate(steps) for value in step.inputs.values()}
+    calls = tape.needed()
+    last_use = {value: index for index, call in enumerate(calls) for value in call.inputs.values()}
     image = tape.values[0]
     spatial = tuple(image.shape[2:])
     fields: dict[int, Field] = {0: Field(pixels(image), (1.0,) * len(spatial))}
     misaligned: dict[str, tuple[float, ...]] = {}
-    for index, step in enumerate(steps):
-        kind = kind_of(step.op)
-        if kind is None or kind not in RULES:
-            raise step.untreated("receptive_field")
-        inputs = {position: fields[value] for position, value in step.inputs.items() if value in fields}
+    for index, call in enumerate(calls):
+        rule = rule_of(call.op)
+        if rule is None:
+            raise call.untreated("receptive_field")
+        inputs = {position: fields[value] for position, value in call.inputs.items() if value in fields}
         if inputs:
-            shift = misalignment([f.reach for f in inputs.values()]) if len(inputs) > 1 else None
-            if shift is not None and kind in ("pointwise", "moves"):
-                misaligned.setdefault(step.module, shift)
-            fields.update(_advance(step, kind, tape, inputs, spatial))
-        for value in set(step.inputs.values()):
+            shift = misalignment([f.reach for f in inputs.values()]) if rule.joins and len(inputs) > 1 else None
+            if shift is not None:
+                misaligned.setdefault(call.module, shift)
+            fields.update(_advance(call, rule, tape, inputs, spatial))
+        for value in set(call.inputs.values()):
             if last_use[value] == index and value != tape.target:
                 fields.pop(value, None)
     return Reading(fields[tape.target], misaligned)
 
 
-def _advance(step: Step, kind: str, tape: Tape, inputs: dict[int, Field], spatial: tuple[int, ...]) -> dict[int, Field]:
+def _advance(
+    call: Call, rule: Rule, tape: Tape, inputs: dict[int, Field], spatial: tuple[int, ...]
+) -> dict[int, Field]:
     jump = tuple(max(jumps) for jumps in zip(*(f.jump for f in inputs.values()), strict=True))
     paths = frozenset[str]().union(*(f.global_paths for f in inputs.values()))
-    shapes = [tuple(tape.values[out].shape) if out is not None else None for out in step.outputs]
-    arguments = step.arguments(tape.values)
-    reaches, jump = RULES[kind](step, arguments, {i: f.reach for i, f in inputs.items()}, shapes, jump)
-    if kind in MIXING:
+    shapes = [tuple(tape.values[out].shape) if out is not None else None for out in call.outputs]
+    arguments = call.arguments(tape.values)
+    before = tuple(next(iter(inputs.values())).reach.shape[1:])
+    after = next(shape for shape in shapes if shape is not None)
+    reaches = rule.boxes(call, arguments, {i: f.reach for i, f in inputs.items()}, shapes, jump)
+    jump = scaled(jump, rule.jump(call, arguments, before, after))
+    if rule.mixes:
         outputs = [r for r in reaches if r is not None]
         if merges_positions(outputs, [f.reach for f in inputs.values()], spatial, jump):
-            paths |= {step.module}
+            paths |= {call.module}
             reaches = [None if r is None else torch.full_like(r, EMPTY) for r in reaches]
-    if kind == "normalisation" and normalises_space(step, arguments):
-        paths |= {step.module}
+    if rule.over_space is not None and rule.over_space(call, arguments):
+        paths |= {call.module}
     return {
-        out: Field(reach, jump, paths) for out, reach in zip(step.outputs, reaches, strict=False)
+        out: Field(reach, jump, paths) for out, reach in zip(call.outputs, reaches, strict=False)
         if out is not None and reach is not None
     }  # fmt: skip

@@ -24,10 +24,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from widerf.operators.common_mode import Flow, batch_statistics, split_common
-from widerf.operators.energy_rules import RULES
-from widerf.operators.names import Kind, kind_of
-from widerf.trace.tape import Step, Tape
+from widerf.operators import rule_of
+from widerf.operators.flow import Flow
+from widerf.operators.normalisation import batch_statistics
+from widerf.operators.pointwise import slopes
+from widerf.operators.rule import Rule
+from widerf.trace.tape import Call, Tape
 
 _LARGE, _SMALL = 1e12, 1e-12  # energies are brought back to 1 when they leave this range: deep stacks would overflow
 
@@ -58,96 +60,95 @@ class _Pass:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self.log_scale = 0.0
-        self.steps = tape.needed()
-        self.producer = {out: step for step in self.steps for out in step.outputs if out is not None}
+        self.calls = tape.needed()
+        self.producer = {out: call for call in self.calls for out in call.outputs if out is not None}
         joints = {tape.target}
-        for step in self.steps:
-            if kind_of(step.op) != "pointwise":
-                joints.update(step.inputs.values())
+        for call in self.calls:
+            if not _is_pointwise(call):
+                joints.update(call.inputs.values())
         # Between joints only element-wise operators lie: what is not a joint is differentiated within its group.
         self.joints = joints
-        self.follow_common = any(batch_statistics(step, tape) for step in self.steps)
+        self.follow_common = any(batch_statistics(call, tape) for call in self.calls)
 
     def run(self, energy: Tensor) -> Tensor:
         flows: dict[int, Flow] = {self.tape.target: Flow(energy)}
-        for step in reversed(self.steps):
-            outputs = [flows.pop(out, None) if out is not None else None for out in step.outputs]
+        for call in reversed(self.calls):
+            outputs = [flows.pop(out, None) if out is not None else None for out in call.outputs]
             if all(out is None for out in outputs):
                 continue
-            kind = kind_of(step.op)
-            if kind is None:
-                raise step.untreated("predict")
-            for value, part in (
-                self._pointwise(step, outputs) if kind == "pointwise" else self._rule(step, kind, outputs)
-            ):
+            rule = rule_of(call.op)
+            if rule is None:
+                raise call.untreated("predict")
+            parts = self._pointwise(call, outputs) if rule.energy is None else self._ruled(call, rule, outputs)
+            for value, part in parts:
                 flows[value] = flows[value].joined(part) if value in flows else part
-            if kind in ("convolution", "matmul", "normalisation"):
-                self.log_scale += math.log(_rescale(flows, step.inputs.values()))
+            if rule.kind in ("convolution", "matmul", "normalisation"):  # where energies grow or shrink
+                self.log_scale += math.log(_rescale(flows, call.inputs.values()))
         return flows[0].total() if 0 in flows else torch.zeros_like(self.tape.values[0])
 
-    def _rule(self, step: Step, kind: Kind, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
-        arguments = step.arguments(self.tape.values)
-        inputs = {position: self.tape.values[value] for position, value in step.inputs.items()}
+    def _ruled(self, call: Call, rule: Rule, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
+        assert rule.energy is not None
+        arguments = call.arguments(self.tape.values)
+        inputs = {position: self.tape.values[value] for position, value in call.inputs.items()}
         energies = [None if flow is None else flow.energy for flow in outputs]
         if self.follow_common:
             commons = [None if flow is None else flow.common for flow in outputs]
-            energies, parts = split_common(step, kind, arguments, inputs, energies, commons)
+            energies, parts = rule.common(call, arguments, inputs, energies, commons)
             for position, flow in parts:
-                yield step.inputs[position], flow
+                yield call.inputs[position], flow
         if any(energy is not None for energy in energies):
-            for position, part in RULES[kind](step, arguments, inputs, energies):
-                yield step.inputs[position], Flow(part)
+            for position, part in rule.energy(call, arguments, inputs, energies):
+                yield call.inputs[position], Flow(part)
 
-    def _pointwise(self, root: Step, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
+    def _pointwise(self, last: Call, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
         flow = outputs[0]
-        assert flow is not None
-        group = self._group(root)
-        inner = {out for step in group for out in step.outputs if out is not None}
-        sources = sorted({value for step in group for value in step.inputs.values()} - inner)
+        if flow is None:  # further outputs hold what only torch's own derivative reads
+            return
+        group = self._group(last)
+        inner = {out for call in group for out in call.outputs if out is not None}
+        sources = sorted({value for call in group for value in call.inputs.values()} - inner)
         shapes = {value: self.tape.values[value].shape for value in sources}
-        if len(group) == 1 and _is_plain_sum(root):
+        if len(group) == 1 and _is_plain_sum(last):
             for value in sources:
                 yield value, flow.times(None, shapes[value])
             return
-        if len(group) == 1 and root.name == "relu":  # the most frequent one, without autograd
+        if len(group) == 1 and last.name == "relu":  # the most frequent one, without autograd
             yield sources[0], flow.times((self.tape.values[sources[0]] > 0).to(flow.energy.dtype), shapes[sources[0]])
             return
-        with torch.enable_grad():
-            tensors = {v: self.tape.values[v].detach().expand(flow.energy.shape).requires_grad_() for v in sources}
-            known = dict(tensors)
-            for step in group:
-                outs = step.call({position: known[value] for position, value in step.inputs.items()})
-                known.update({value: out for value, out in zip(step.outputs, outs, strict=True) if value is not None})
-            last = known[next(out for out in root.outputs if out is not None)]
-            if not last.requires_grad:  # a step function: flat almost everywhere
-                return
-            derivatives = torch.autograd.grad(last.sum(), list(tensors.values()), allow_unused=True)
-        for value, derivative in zip(sources, derivatives, strict=True):
+        inputs = {value: self.tape.values[value].detach().expand(flow.energy.shape) for value in sources}
+        result = next(out for out in last.outputs if out is not None)
+        for value, derivative in zip(sources, slopes(group, inputs, result), strict=True):
             if derivative is not None:
                 yield value, flow.times(derivative, shapes[value])
 
-    def _group(self, root: Step) -> list[Step]:
-        """The element-wise operators that lead to ``root`` from the nearest joints, in order."""
-        found: dict[int, Step] = {}
-        open_steps = [root]
-        while open_steps:
-            step = open_steps.pop()
-            if id(step) in found:
+    def _group(self, last: Call) -> list[Call]:
+        """The element-wise operators that lead to ``last`` from the nearest joints, in order."""
+        found: dict[int, Call] = {}
+        open_calls = [last]
+        while open_calls:
+            call = open_calls.pop()
+            if id(call) in found:
                 continue
-            found[id(step)] = step
-            for value in step.inputs.values():
+            found[id(call)] = call
+            for value in call.inputs.values():
                 maker = self.producer.get(value)
-                if value not in self.joints and maker is not None and kind_of(maker.op) == "pointwise":
-                    open_steps.append(maker)
+                if value not in self.joints and maker is not None and _is_pointwise(maker):
+                    open_calls.append(maker)
         if len(found) == 1:
-            return [root]
-        return [step for step in self.steps if id(step) in found]
+            return [last]
+        return [call for call in self.calls if id(call) in found]
 
 
-def _is_plain_sum(step: Step) -> bool:
-    values = list(step.inputs.values())
-    scaled = any(leaf not in (None, 1) for leaf in step.leaves[2:])
-    return step.name == "add" and not scaled and len(set(values)) == len(values)
+def _is_pointwise(call: Call) -> bool:
+    rule = rule_of(call.op)
+    return rule is not None and rule.kind == "pointwise"
+
+
+def _is_plain_sum(call: Call) -> bool:
+    if call.name != "add" or any(leaf not in (None, 1) for leaf in call.leaves[2:]):
+        return False
+    values = list(call.inputs.values())
+    return len(set(values)) == len(values)
 
 
 def _rescale(flows: dict[int, Flow], changed: Iterable[int]) -> float:

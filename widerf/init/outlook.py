@@ -67,11 +67,11 @@ def _follows(tape: Tape, changes: Sequence[Change]) -> bool:
     changing = {c.kernel.name: c for c in changes if c.held is not None and (c.shape is not None or c.drawn)}
     if any(type(c.held) not in (Held, Experts) or c.kernel.offsets is not None for c in changing.values()):
         return False
-    for step in tape.steps:
-        change = changing.get(step.module)
-        if change is None or change.held is None or step.name != "convolution":
+    for call in tape.calls:
+        change = changing.get(call.module)
+        if change is None or change.held is None or call.name != "convolution":
             continue
-        weight = step.leaves[1]
+        weight = call.leaves[1]
         if isinstance(weight, Tensor) and weight.data_ptr() != change.held.sources()[0].data_ptr():
             return False
     return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def smallest(reaches: Iterable[Tensor]) -> Tensor:
 def _sees_all(reach: Tensor, spatial: tuple[int, ...], how: Callable[[Tensor], Tensor] = torch.all) -> bool:
     """Whether every element, or with ``torch.any`` some element, sees the whole image."""
     whole = torch.tensor([0.0 for _ in spatial] + [1.0 - n for n in spatial])
-    return bool(how((thin(reach).flatten(1) <= whole[:, None]).all(0)))
+    return bool(how((thin(reach).reshape(len(reach), -1) <= whole[:, None]).all(0)))
 
 
 def merges_positions(outputs: list[Tensor], inputs: list[Tensor], spatial: tuple[int, ...], jump: Jump) -> bool:
@@ -98,7 +98,7 @@ def misalignment(reaches: list[Tensor]) -> tuple[float, ...] | None:
         if not bool(seen.any()):
             continue
         centre = (reach[:rank] - reach[rank:]) / 2
-        centres.append(centre.flatten(1)[:, seen.flatten()])
+        centres.append(centre.reshape(rank, -1)[:, seen.flatten()])
     for other in centres[1:]:
         alike = other.shape == centres[0].shape
         # Joined along channels: compare the centres of mass.
@@ -151,7 +151,7 @@ def _slope(reach: Tensor, dim: int, jump: Jump) -> tuple[int, Tensor]:
 def slide(
     reach: Tensor, jump: Jump, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
     shape: tuple[int, ...],
-) -> tuple[Tensor, Jump]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Union over a sliding window; ``reach`` is (2·D, batch, channels, *spatial)."""
     rank = len(kernel)
     for axis in range(rank):
@@ -161,13 +161,13 @@ def slide(
         reach = extend(reach, dim, padding[axis], last - (reach.shape[dim] - 1), jump)
         starts = torch.arange(0, (count - 1) * stride[axis] + 1, stride[axis])
         reach = smallest(reach.index_select(dim, starts + t * dilation[axis]) for t in range(kernel[axis]))
-    return reach, scaled(jump, [float(s) for s in stride])
+    return reach
 
 
 def slide_transposed(
     reach: Tensor, jump: Jump, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
     shape: tuple[int, ...],
-) -> tuple[Tensor, Jump]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Output o reads input i wherever o = i·stride − padding + t·dilation for some tap t."""
     for axis in range(len(kernel)):
         dim = reach.ndim - len(kernel) + axis
@@ -183,11 +183,17 @@ def slide_transposed(
             view[dim] = len(place)
             taps.append(torch.where((place % s == 0).view(view), tap, tap.new_tensor(EMPTY)))
         reach = smallest(taps)
-    return reach, scaled(jump, [1 / s for s in stride])
+    return reach
 
 
-def scaled(jump: Jump, factors: list[float]) -> Jump:
+def per_axis(value: int | Sequence[int], rank: int) -> list[int]:
+    """One number per axis out of what torch takes for it: a number, or a list of one or of all."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
+
+
+def scaled(jump: Jump, factors: Jump | None) -> Jump:
     """Jump behind a layer on the last axes; one on fewer axes than the image has, on tokens say, tells nothing."""
-    if len(factors) < len(jump):
+    if factors is None or len(factors) < len(jump):
         return jump
     return tuple(j * f for j, f in zip(jump, factors[len(factors) - len(jump) :], strict=True))

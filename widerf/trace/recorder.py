@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from widerf._checks import require
 from widerf.errors import UntreatedOperatorError
 from widerf.trace.site import MapSite, tensors_in
-from widerf.trace.tape import Step, Tape, operator_name
+from widerf.trace.tape import Call, Tape, operator_name
 
 # Operators that read the shape of a tensor and not what it holds.
 _SHAPE_ONLY = {
@@ -162,7 +162,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         op = _functional(func) if written else func
         outputs = tuple(self._bind(t) for t in pytree.tree_flatten(result)[0])
-        self.tape.steps.append(Step(op, frozen, spec, inputs, outputs, self.path[-1]))
+        self.tape.calls.append(Call(op, frozen, spec, inputs, outputs, self.path[-1]))
         for tensor in written:
             self._note_write(tensor)
         return result
@@ -234,7 +234,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape.values.append(result)
         value = len(self.tape.values) - 1
         frozen = tuple(None if i in inputs else leaf for i, leaf in enumerate(leaves))
-        self.tape.steps.append(Step(op, frozen, spec, inputs, (value,), self.path[-1]))
+        self.tape.calls.append(Call(op, frozen, spec, inputs, (value,), self.path[-1]))
         return value
 
 

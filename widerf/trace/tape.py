@@ -6,7 +6,7 @@ forwards with coordinates, :func:`widerf.predict` walks it backwards with energi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,30 @@ from torch.utils import _pytree as pytree
 from widerf.errors import UntreatedOperatorError
 
 
+def _copied(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
+    return new.to(old.dtype).expand_as(old)
+
+
+def _shuffled(x: Tensor, groups: int) -> Tensor:
+    batch, channels, *spatial = x.shape
+    return x.reshape(batch, groups, channels // groups, *spatial).transpose(1, 2).reshape(x.shape)
+
+
+def _filled(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return torch.where(mask, value, x)
+
+
+# Operators whose derivative torch does not know, or knows for a single value only, by others of the same meaning.
+_IN_OTHER_WORDS: dict[str, Callable[..., Any]] = {
+    "aten.copy.default": _copied,
+    "aten.native_channel_shuffle.default": _shuffled,
+    "aten.masked_fill.Tensor": _filled,
+}
+
+
 @dataclass(frozen=True, eq=False)
-class Step:
-    """One operator of the recording.
+class Call:
+    """One operator of the recording: which, on what, and where in the model.
 
     Attributes:
         op: the aten operator, without side effects on tensors that depend on the input.
@@ -54,15 +75,14 @@ class Step:
             named[argument.name] = args[index] if index < len(args) else kwargs.get(argument.name, default)
         return named
 
-    def call(self, leaves: Mapping[int, Any]) -> tuple[Any, ...]:
+    def run(self, leaves: Mapping[int, Any]) -> tuple[Any, ...]:
         """Run the operator with other tensors at the positions of the tracked leaves; return its outputs as a tuple."""
         filled = list(self.leaves)
         for position, tensor in leaves.items():
             filled[position] = tensor
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
-        if self.name == "copy":  # torch knows no derivative of it
-            return (args[1].to(args[0].dtype).expand_as(args[0]),)
-        return tuple(pytree.tree_flatten(self.op(*args, **kwargs))[0])
+        op = _IN_OTHER_WORDS.get(str(self.op), self.op)
+        return tuple(pytree.tree_flatten(op(*args, **kwargs))[0])
 
     def untreated(self, purpose: str) -> UntreatedOperatorError:
         """The error for an operator that ``purpose`` has no rule for."""
@@ -70,12 +90,12 @@ class Step:
 
 
 def transposed_jacobian(
-    step: Step, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
+    call: Call, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
 ) -> dict[int, Tensor]:
     """Jᵀ times a cotangent per output, at the given inputs: position of a leaf → product."""
     with torch.enable_grad():
         tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
-        outs = step.call(tensors)
+        outs = call.run(tensors)
         pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
         if not pairs:
             return {}
@@ -94,27 +114,27 @@ class Tape:
     """The operators of one forward pass in order, with the tensors that went through them.
 
     Attributes:
-        steps: the operators that depend on the input, in the order in which they ran.
+        calls: the operators that depend on the input, in the order in which they ran.
         values: each value's tensor; the input is value 0.
         target: identity of the map, laid out as (batch, channels, *spatial).
         shapes: module name → shapes of the first input and output tensor of its first call; a module that was still
             running when the map was reached has no output.
     """
 
-    steps: list[Step] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     target: int = -1
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = field(default_factory=dict)
 
-    def needed(self) -> list[Step]:
-        """The steps that lie on a path from the input to the map, in order."""
+    def needed(self) -> list[Call]:
+        """The calls that lie on a path from the input to the map, in order."""
         alive = {self.target}
-        steps = []
-        for step in reversed(self.steps):
-            if any(out in alive for out in step.outputs):
-                alive.update(step.inputs.values())
-                steps.append(step)
-        return steps[::-1]
+        calls = []
+        for call in reversed(self.calls):
+            if any(out in alive for out in call.outputs):
+                alive.update(call.inputs.values())
+                calls.append(call)
+        return calls[::-1]
 
     def replayed(self) -> Tape:
         """The recording with its constants as they are now: the same steps on the same input, run again.
@@ -123,12 +143,12 @@ class Tape:
         operator that writes (batch statistics) does so again: the caller keeps the model safe.
         """
         values = list(self.values)
-        for step in self.needed():
-            outputs = step.call({position: values[value] for position, value in step.inputs.items()})
-            for value, output in zip(step.outputs, outputs, strict=False):
+        for call in self.needed():
+            outputs = call.run({position: values[value] for position, value in call.inputs.items()})
+            for value, output in zip(call.outputs, outputs, strict=False):
                 if value is not None:
                     values[value] = output
-        return Tape(self.steps, values, self.target, self.shapes)
+        return Tape(self.calls, values, self.target, self.shapes)
 
 
 def operator_name(op: Any) -> str:

@@ -1,0 +1,89 @@
+"""Convolutions, also transposed ones: torch has one operator for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widerf.operators.boxes import Jump, per_axis, slide, slide_transposed, thin
+from widerf.operators.flow import Energies, Flow, root, scattered
+from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, Shape, named
+from widerf.trace.tape import Call
+
+
+def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any], jump: Jump) -> list[Tensor | None]:
+    if 0 not in reaches:
+        raise call.untreated("receptive_field (weights that depend on the input)")
+    reach, weight, groups = reaches[0], arguments["weight"], arguments["groups"]
+    kernel, spatial = list(weight.shape[2:]), shapes[0][2:]
+    reach = thin(reach)
+    components, batch, channels = reach.shape[:3]
+    groups = 1 if channels == 1 else groups
+    reach = reach.reshape(components, batch, groups, channels // groups, *reach.shape[3:]).amin(3)
+    stride, padding, dilation = (per_axis(arguments[n], len(kernel)) for n in ("stride", "padding", "dilation"))
+    window = slide_transposed if arguments["transposed"] else slide
+    reach = window(reach, jump, kernel, stride, padding, dilation, spatial)
+    if groups == 1:
+        return [reach.expand(-1, *shapes[0])]
+    return [reach.repeat_interleave(shapes[0][1] // groups, 2)]
+
+
+def _energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies) -> Parts:
+    (energy,) = energies
+    assert energy is not None
+    image, weight = arguments["input"], arguments["weight"]
+    geometry = [arguments[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
+    wanted = [position in inputs for position in (0, 1, 2)]
+    parts = torch.ops.aten.convolution_backward(
+        energy, image.square() if wanted[1] else image, weight.square(), [weight.shape[0]], *geometry, wanted
+    )
+    for position in inputs:
+        yield position, parts[position]
+
+
+def _jump(call: Call, arguments: Arguments, before: Shape, after: Shape) -> Jump:
+    stride = per_axis(arguments["stride"], arguments["weight"].ndim - 2)
+    return tuple(1.0 / s if arguments["transposed"] else float(s) for s in stride)
+
+
+def _common(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies, commons: Energies) -> CommonParts:
+    """The mean over positions stays common; of a stride s, whose phases meet different taps, 1/s of it per axis."""
+    (energy,), (common,) = energies, commons
+    if common is None or energy is None or set(inputs) != {0} or arguments["transposed"]:
+        return scattered(call, arguments, inputs, energies, commons)
+    mean = common.mean(tuple(range(2, common.ndim)), keepdim=True)
+    return [energy + (common - mean).square()], _shared(arguments, inputs[0], common, mean)
+
+
+def _shared(arguments: Arguments, image: Tensor, common: Tensor, mean: Tensor) -> Iterator[tuple[int, Flow]]:
+    weight, groups = arguments["weight"], arguments["groups"]
+    rank = weight.ndim - 2
+    power = weight.square().sum(tuple(range(2, weight.ndim))).view(groups, -1, weight.shape[1])
+    grouped = mean.square().reshape(mean.shape[0], groups, -1)
+    carried = torch.einsum("bgo,goi->bgi", grouped, power).reshape(mean.shape[0], -1, *(1 for _ in range(rank)))
+    kept, shares = 1.0, 1.0
+    for axis in range(rank):
+        share = _met(image.shape[2 + axis], common.shape[2 + axis], weight.shape[2 + axis], arguments, axis)
+        kept *= share**2  # energy of the mean over positions
+        shares *= share  # mean over positions of the energy
+    pattern = (carried.sqrt() if not carried.requires_grad else root(carried)) * math.sqrt(kept)
+    rest = carried * max(shares - kept, 0.0)
+    yield 0, Flow(rest.expand(image.shape), pattern.expand(image.shape))
+
+
+def _met(n_in: int, n_out: int, kernel: int, arguments: Arguments, axis: int) -> float:
+    """Mean over taps of the share of input positions that a tap of the sliding window meets."""
+
+    def of(name: str) -> int:
+        values = arguments[name]
+        return int(values[axis] if len(values) > 1 else values[0])
+
+    places = [o * of("stride") - of("padding") + t * of("dilation") for o in range(n_out) for t in range(kernel)]
+    return sum(0 <= place < n_in for place in places) / (kernel * n_in)
+
+
+NAMES = named(Rule("convolution", _boxes, _energy, _common, _jump), "convolution")
