@@ -178,6 +178,36 @@ class Report(Sequence[Row], Generic[Row]):
         target.write_text(written + "\n", encoding="utf-8")
 
 
+class Verdict(str):
+    """What became of one layer: a code for programs to read, and a sentence for people, which it is as a string.
+
+    Attributes:
+        code: a fixed word; nothing in widerf looks at the sentence.
+        notes: codes of what should be known besides.
+
+    Example:
+        >>> verdict = Verdict("widened", "widened").noting("undone", "undone in part")
+        >>> print(verdict, "|", verdict.code, verdict.notes)
+        widened, undone in part | widened ('undone',)
+    """
+
+    code: str
+    notes: tuple[str, ...]
+
+    def __new__(cls, code: str, text: str, notes: tuple[str, ...] = ()) -> Verdict:
+        """Make the sentence ``text`` that bears ``code``."""
+        verdict = super().__new__(cls, text)
+        verdict.code, verdict.notes = code, notes
+        return verdict
+
+    def __getnewargs__(self) -> tuple[str, str, tuple[str, ...]]:  # type: ignore[override]  # copies and pickles
+        return self.code, str(self), self.notes
+
+    def noting(self, note: str, text: str) -> Verdict:
+        """Return the verdict with a further note, after a comma."""
+        return Verdict(self.code, f"{self}, {text}", (*self.notes, note))
+
+
 def listed(names: Sequence[str], limit: int = 4) -> str:
     """Return the first names and how many there are.
 

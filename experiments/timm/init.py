@@ -70,17 +70,13 @@ def look_at(small: SmallModel) -> Record:
         told = {change.name: change.verdict for change in report}
         row["without_verdict"] = sum(not told.get(name) for name in found)
         row["widened"] = sum(change.widened for change in report)
-        counts = Counter(_kind(change.verdict) for change in report)
+        counts = Counter(change.verdict.code for change in report)
         row["verdicts"] = "; ".join(f"{verdict}: {count}" for verdict, count in counts.most_common())
         row["warnings"] = " | ".join(report.warnings)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     row["seconds"] = f"{time.perf_counter() - start:.1f}"
     return row
-
-
-def _kind(verdict: str) -> str:
-    return verdict.split(" (")[0].split(":")[0]
 
 
 def good(row: Record) -> bool:

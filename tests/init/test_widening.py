@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import widerf
 from tests.reference import fingerprint, shares, stack
+from widerf.erf import receptive
 from widerf.init import apply, periphery_
 from widerf.profile import soft_corners
+from widerf.trace import scene
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -313,3 +318,51 @@ def test_periphery_refuses_what_is_no_kernel() -> None:
         periphery_(torch.ones(3, 3))
     with pytest.raises(TypeError, match="tensor must hold floating-point numbers"):
         periphery_(torch.ones(1, 1, 3, 3, dtype=torch.int64))
+
+
+def test_a_target_finds_the_map_once_and_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"site": 0, "record": 0, "boxes": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(scene, "spatial_layer", counted("site", scene.spatial_layer))
+    monkeypatch.setattr(scene, "record", counted("record", scene.record))
+    monkeypatch.setattr(receptive, "read", counted("boxes", receptive.read))
+    model = timm.create_model("resnet18", zero_init_last=False).eval()
+    report = apply(model, target=1.03, input_size=(3, 96, 96))
+    assert counts == {"site": 1, "record": 1, "boxes": 1}
+    assert report.gain == pytest.approx(1.03, rel=2e-3)
+
+
+def test_what_a_replay_predicts_is_what_a_new_look_predicts() -> None:
+    torch.manual_seed(0)
+    for model in (normed_by_batches().train(), normed_by_batches().eval(), normed_by_weights()):
+        report = apply(model, 0.7, input_size=(3, 40, 40))
+        assert report.erf_std is not None
+        assert report.erf_std[1] == widerf.predict(model, (3, 40, 40)).std
+
+
+def test_a_missing_rule_costs_the_figure_and_not_the_call() -> None:
+    class Sorts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.fft2(x).real
+
+    report = apply(nn.Sequential(nn.Conv2d(3, 8, 3), Sorts(), nn.Conv2d(8, 8, 3)), 0.5, input_size=(3, 16, 16))
+    assert [row.widened for row in report] == [True, True] and report.gain is None
+    assert any("cannot be predicted" in warning and "fft" in warning for warning in report.warnings)
+
+
+def normed_by_batches() -> nn.Module:
+    channels = (3, 8, 8, 8)
+    layers = [(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in itertools.pairwise(channels)]
+    return nn.Sequential(*itertools.chain.from_iterable(layers))
+
+
+def normed_by_weights() -> nn.Module:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), normed, nn.ReLU(), nn.Conv2d(8, 8, 3))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from widerf.convolutions.taps import sum_of_squares, tap_places, variances
 from widerf.profile.single import corner_variance, soft_corners, tap_profile, uniform_variance
+from widerf.report import Verdict
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,22 @@ class Kernel:
             return tuple(d / math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True))
         return tuple(float(d) for d in self.dilation)
 
-    def nothing_to_gain(self) -> str | None:
+    def nothing_to_gain(self) -> Verdict | None:
         """Return why no profile can widen this kernel, or ``None`` if one can."""
         if self.offsets is not None:
             distances = self.offsets.double().square().sum(-1)
-            return None if bool((distances != distances[:, :1]).any()) else "all taps of a group lie equally far out"
+            if bool((distances != distances[:, :1]).any()):
+                return None
+            return Verdict("equally_far", "all taps of a group lie equally far out")
         if self.kernel_size == (1,) * self.rank:
-            return "×".join(["1"] * self.rank) + " kernel: no periphery"
+            return Verdict("no_periphery", "×".join(["1"] * self.rank) + " kernel: no periphery")
         if max(max(cell.size) for cell in self.cells) <= 2:
             where = "taps per output phase" if self.transposed else "kernel"
-            return f"{'×'.join(map(str, self.cells[0].size))} {where}: all taps are corners already"
+            size = "×".join(map(str, self.cells[0].size))
+            return Verdict("corners_only", f"{size} {where}: all taps are corners already")
         pairs = zip(self.kernel_size, self.stride, self.dilation, strict=True)
         if not self.transposed and all(s >= d * (k - 1) + 1 for k, s, d in pairs):
-            return "patchify (stride ≥ kernel): neighbouring outputs share no input"
+            return Verdict("patchify", "patchify (stride ≥ kernel): neighbouring outputs share no input")
         return None
 
     def shape(self, strength: float) -> Tensor:

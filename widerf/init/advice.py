@@ -14,22 +14,16 @@ from widerf.report import listed
 
 _STRONG = 0.75
 _BORDER = 0.10
-# Verdicts that call for a warning: how they begin, and what is said of the layers.
-_BY_VERDICT = (
-    (
-        "left alone: empty periphery",
-        "have an empty periphery, as Dirac or delta-orthogonal kernels do; base= draws them anew",
-    ),
-    ("left alone: all its weights are zero", "hold only zeros"),
-    ("left alone: its weights are not finite", "hold NaN or infinity"),
-    (
-        "left alone: at strength 1",
-        "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
-    ),
-    ("left alone: parametrised", "are parametrised in a way that does not keep a profile"),
-    ("left alone: its weight is not", "compute their weight in a way that widerf does not know"),
-    ("frozen", "are frozen and were left alone; name them in only= to change them"),
-)
+# Codes of verdicts that call for a warning, and what is said of the layers.
+_BY_VERDICT = {
+    "empty_periphery": "have an empty periphery, as Dirac or delta-orthogonal kernels do; base= draws them anew",
+    "zero": "hold only zeros",
+    "not_finite": "hold NaN or infinity",
+    "emptied": "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
+    "parametrised": "are parametrised in a way that does not keep a profile",
+    "unknown_weight": "compute their weight in a way that widerf does not know",
+    "frozen": "are frozen and were left alone; name them in only= to change them",
+}
 
 
 def of_scale(largest: float) -> str:
@@ -58,11 +52,11 @@ def warnings_of(model: nn.Module, steps: Sequence[Change], rows: Sequence[LayerC
             "What is widened inside them does not move the network's ERF until training wakes them "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
-    for start, said in _BY_VERDICT:
-        names = [row.name for row in rows if row.verdict.startswith(start)]
+    for code, said in _BY_VERDICT.items():
+        names = [row.name for row in rows if row.verdict.code == code]
         if names:
             yield f"{listed(names)} {said}."
-    partly = [row.name for row in rows if "undone in part" in row.verdict]
+    partly = [row.name for row in rows if "undone" in row.verdict.notes]
     if partly:
         yield f"{listed(partly)}: narrower branches of the same block put the energy back on the centre tap."
     foreign = [name for name in _foreign(chosen) if name in widened]

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from widerf.convolutions.convolution import Kernel
 from widerf.init.draws import Base
+from widerf.init.verdict import FROZEN, NOT_SELECTED, WIDENED, tied, unknown_weight
 from widerf.init.weights import Held, hold, is_frozen, without_values
 from widerf.profile.single import solve_axes
+from widerf.report import Verdict
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Change:
 
     kernel: Kernel
     held: Held | None
-    verdict: str
+    verdict: Verdict
     shape: Tensor | None = None
     strength: float | None = None
     drawn: bool = False
@@ -52,7 +54,7 @@ def plan(
     kernels: Sequence[Kernel],
     chosen: set[str],
     named: bool,
-    shapes: Callable[[Kernel], tuple[Tensor, float] | str],
+    shapes: Callable[[Kernel], tuple[Tensor, float] | Verdict],
     base: Base,
 ) -> list[Change]:
     """Return what to do with each layer; nothing is changed yet.
@@ -67,25 +69,25 @@ def plan(
     steps, owners = [], dict[object, str]()
     for kernel in kernels:
         held = hold(kernel)
-        step = Change(kernel, None if isinstance(held, str) else held, "not selected")
+        step = Change(kernel, None if isinstance(held, str) else held, NOT_SELECTED)
         steps.append(step)
         if kernel.name not in chosen:
             continue
         if isinstance(held, str):
-            step.verdict = f"left alone: {held}"
+            step.verdict = unknown_weight(held)
             continue
         owner = owners.setdefault(held.storage(), kernel.name)
         reason = kernel.nothing_to_gain()
         if owner != kernel.name:
-            step.verdict = f"tied to {owner}: changed there, once"
+            step.verdict = tied(owner)
         elif is_frozen(held) and not named:
-            step.verdict = "frozen (requires_grad is False): name it in only= to change it"
+            step.verdict = FROZEN
         elif reason is not None:
             step.verdict, step.drawn = reason, base is not None
         else:
             step.drawn, wanted = base is not None, shapes(kernel)
-            if isinstance(wanted, str):
+            if isinstance(wanted, Verdict):
                 step.verdict = wanted
             else:
-                (step.shape, step.strength), step.verdict = wanted, "widened"
+                (step.shape, step.strength), step.verdict = wanted, WIDENED
     return steps

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from widerf.report import Report
+from widerf.report import Report, Verdict
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class LayerChange:
         std_after: the same afterwards.
         border_before: share of the layer's output energy that zero padding costs on an even map (with ``input_size``).
         border_after: the same afterwards.
-        verdict: ``"widened"``, or why not; what should be known about a widened layer follows a comma.
+        verdict: ``"widened"``, or why not; what should be known about a widened layer follows a comma. A string for
+            people with a ``code`` for programs.
     """
 
     name: str
@@ -34,14 +35,14 @@ class LayerChange:
     strength: float | None
     std_before: float | None
     std_after: float | None
-    verdict: str
+    verdict: Verdict
     border_before: float | None = None
     border_after: float | None = None
 
     @property
     def widened(self) -> bool:
         """Whether the kernel's profile was set."""
-        return self.verdict.startswith("widened")
+        return self.verdict.code == "widened"
 
 
 @dataclass(frozen=True)

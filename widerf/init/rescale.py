@@ -13,7 +13,17 @@ from widerf.convolutions.convolution import Kernel
 from widerf.init.draws import Base, draw_
 from widerf.init.plan import Change
 from widerf.init.report import LayerChange
+from widerf.init.verdict import (
+    AS_IT_WAS,
+    AT_STRENGTH_ONE,
+    BY_AN_EARLIER_CALL,
+    EMPTY_PERIPHERY,
+    NOT_FINITE,
+    ZERO,
+    parametrised,
+)
 from widerf.init.weights import Backup, Experts, Held, without_values
+from widerf.report import Verdict
 
 MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it
 _UNCHANGED = 1e-3  # relative change of a tap's energy up to which a weight counts as left as it was
@@ -73,7 +83,7 @@ def _remembered(step: Change, energies: Tensor) -> Tensor | None:
     return torch.tensor(mark["shape"], dtype=torch.float64).view_as(energies)
 
 
-def _rescale(step: Change, held: Held, energies: Tensor, shape: Tensor, dry_run: bool) -> tuple[Tensor | None, str]:
+def _rescale(step: Change, held: Held, energies: Tensor, shape: Tensor, dry_run: bool) -> tuple[Tensor | None, Verdict]:
     """Give the weight the wanted relative energies.
 
     Returns:
@@ -81,20 +91,19 @@ def _rescale(step: Change, held: Held, energies: Tensor, shape: Tensor, dry_run:
     """
     kernel = step.kernel
     if not bool(energies.isfinite().all()):
-        return None, "left alone: its weights are not finite"
+        return None, NOT_FINITE
     if float(energies.sum()) == 0.0:
-        return None, "left alone: all its weights are zero"
+        return None, ZERO
     earlier = None if step.drawn and dry_run else _remembered(step, energies)
     if earlier is not None and bool(((earlier == 0) & (shape > 0)).any()):
-        return None, "left alone: at strength 1 already; only base= can fill its empty taps again"
+        return None, AT_STRENGTH_ONE
     ratio = shape if earlier is None else torch.where(earlier > 0, shape / earlier.clamp_min(1e-300), earlier)
     if bool(((ratio - 1).abs() <= 1e-9).logical_or_(shape == 0).all()):
-        same = "strength 0: as it was" if step.strength == 0.0 else f"{step.verdict} by an earlier call"
-        return energies, same
+        return energies, AS_IT_WAS if step.strength == 0.0 else BY_AN_EARLIER_CALL
     factors = factors_for(kernel, energies, ratio)
     wanted = energies * factors**2
     if bool(((energies - wanted).abs() <= 1e-6 * wanted).all()):
-        return None, "left alone: empty periphery (all its energy lies where rescaling cannot move it)"
+        return None, EMPTY_PERIPHERY
     if earlier is None and not step.drawn:
         _note_wide(step, energies, held.read().numel())
     if dry_run:
@@ -112,7 +121,7 @@ def _note_wide(step: Change, energies: Tensor, weights: int) -> None:
         step.remarks["wide"] = f"{place:.2g}"
 
 
-def _write(step: Change, held: Held, factors: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
+def _write(step: Change, held: Held, factors: Tensor, wanted: Tensor) -> tuple[Tensor | None, Verdict]:
     """Scale the taps; where the weight is computed from others, see whether that held and undo it if not."""
     kernel, verdict = step.kernel, step.verdict
     coarse = held.read().dtype in (torch.float16, torch.bfloat16)
@@ -125,14 +134,15 @@ def _write(step: Change, held: Held, factors: Tensor, wanted: Tensor) -> tuple[T
             held.scale_(factors)
         except NotImplementedError as error:
             backup.undo()
-            return None, f"left alone: {error}"
+            return None, parametrised(str(error))
         got = kernel.energies(held.read())
         error_ = float((got / got.sum() - wanted / wanted.sum()).abs().max())
         if not error_ < (1e-2 if coarse else 1e-4):
             backup.undo()
-            return None, f"left alone: {held.note or 'its computation'} does not keep the profile (off by {error_:.2g})"
+            why = f"{held.note or 'its computation'} does not keep the profile (off by {error_:.2g})"
+            return None, parametrised(why)
         if held.note:
-            verdict += f", {held.note}"
+            verdict = verdict.noting("computed", held.note)
     assert step.shape is not None
     mark = {"shape": step.shape.flatten().tolist(), "energies": got.flatten().tolist(), "strength": step.strength}
     setattr(kernel.module, MARK, mark)

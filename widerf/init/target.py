@@ -15,18 +15,19 @@ from widerf.convolutions.sensitivity import sensitivity
 from widerf.init.outlook import Outlook
 from widerf.init.plan import plan, solve_ahead
 from widerf.init.rescale import execute
+from widerf.init.verdict import NO_EFFECT
 from widerf.profile.network import allocate, largest_gain
 from widerf.profile.single import strength_of
+from widerf.report import Verdict
 from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene
 
 # What a kernel is to get: relative energies and strength, or why it is left alone.
-Shapes: TypeAlias = Callable[[Kernel], "tuple[Tensor, float] | str"]
+Shapes: TypeAlias = Callable[[Kernel], "tuple[Tensor, float] | Verdict"]
 
 _CLOSE = 1e-3  # relative error of the predicted gain that ends the search
 _TRIALS = 12
 _PROBE = 0.5  # strength towards which a layer's part in the network's variance is taken
-_OFF = "widening it does not widen the network's ERF"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Weighted:
             own = [next(profiles) for _ in kernel.cells]
             strength = sum(map(strength_of, own)) / len(own)
             found[kernel.name] = (kernel.assemble(own), strength)
-        return lambda kernel: found.get(kernel.name, _OFF)
+        return lambda kernel: found.get(kernel.name, NO_EFFECT)
 
 
 def weigh(scene: Scene, kernels: Sequence[Kernel]) -> Weighted:

@@ -153,7 +153,7 @@ def _told(
         if place is not None:
             changes["jump"] = place.jump
         if row.widened and row.name in notes:
-            changes["verdict"] = f"{row.verdict}, {notes[row.name]}"
+            changes["verdict"] = row.verdict.noting("undone", notes[row.name])
         if row.widened and place is not None and step.shape is not None:
             changes["border_before"] = border_loss(step.kernel, place, torch.ones_like(step.shape))
             changes["border_after"] = border_loss(step.kernel, place, step.shape)
