@@ -85,19 +85,17 @@ def read_members(offsets: Tensor) -> list[Tensor] | None:
 class Seen(NamedTuple):
     """What offsets were when they were last read: their values, and for other devices which tensor it was."""
 
-    values: bytes
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    values: Tensor  # on the CPU
     tensor: Tensor | None  # held, so that no other tensor can take its place in memory
     version: int | None  # None: of inference mode, which counts none
     pointer: int
 
 
-def _content(offsets: Tensor) -> bytes:
+def _equal(a: Tensor, b: Tensor) -> bool:
     if _is_watched():
         with unwatched():
-            return bytes(offsets.numpy().tobytes())
-    return bytes(offsets.numpy().tobytes())
+            return torch.equal(a, b)
+    return torch.equal(a, b)
 
 
 def version_of(t: Tensor) -> int | None:
@@ -108,9 +106,9 @@ def version_of(t: Tensor) -> int | None:
 def look(offsets: Tensor, values: Tensor) -> Seen:
     """Return what to compare ``offsets`` with later; ``values`` are they, on the CPU."""
     held = None if offsets.device.type == "cpu" else offsets
-    known = values.contiguous().numpy().tobytes()
-    pointer = 0 if held is None else held.data_ptr()
-    return Seen(known, tuple(offsets.shape), offsets.dtype, held, None if held is None else version_of(held), pointer)
+    if held is None:
+        return Seen(values, None, None, 0)
+    return Seen(values, held, version_of(held), held.data_ptr())
 
 
 def unchanged(offsets: Tensor, seen: Seen | None) -> bool:
@@ -118,8 +116,7 @@ def unchanged(offsets: Tensor, seen: Seen | None) -> bool:
     if seen is None or type(offsets) is not Tensor or _functorch.is_functorch_wrapped_tensor(offsets):
         return False
     if offsets.device.type == "cpu":
-        same = offsets.dtype == seen.dtype and offsets.shape == seen.shape and allocated(offsets)
-        return same and _content(offsets) == seen.values
+        return offsets.dtype == seen.values.dtype and allocated(offsets) and _equal(offsets, seen.values)
     if offsets is not seen.tensor or seen.version is None:
         return False
     return offsets._version == seen.version and offsets.data_ptr() == seen.pointer

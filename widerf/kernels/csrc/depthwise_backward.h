@@ -19,15 +19,16 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
   }
   const Bordered plane = {-low_y, -low_x, high_y - low_y + 1, high_x - low_x + 1, 1, 1, s.U, s.V};
   const Planes in(s.B, s.C, s.U, s.V, s.last), out(s.B, s.C, s.H, s.W, s.last);
-  // A stride wider than the image has more phases than there are pixels; a live tap is of one that has some.
-  const int64_t across = least(s.sx, s.W), steps = least(s.sy, s.H) * across;
+  // A stride wider than the image has more phases than there are pixels.
+  const int64_t down_to = least(s.sy, s.H), across = least(s.sx, s.W), steps = down_to * across;
   const int64_t width = together(s, plane), step = plane.floats();
   const bool whole = s.sy * s.sx == 1;  // one phase, and it is the image
   const int64_t band = s.last && whole ? least(BAND, s.H) : s.H;  // rows of all phases go out together
   const LiveTaps live(s, shifts, w, steps, [&](const int32_t *d, int64_t *at) {
     const int64_t y = down(d[0], s.sy), x = down(d[1], s.sx);
     *at = plane.at(-y, -x);
-    return (d[0] - y * s.sy) * across + d[1] - x * s.sx;
+    const int64_t phase_y = d[0] - y * s.sy, phase_x = d[1] - x * s.sx;
+    return phase_y < down_to && phase_x < across ? phase_y * across + phase_x : -1;
   });
   bool failed = !live.ok;
   const int64_t blocks = ceil_div(s.C, width);
