@@ -137,8 +137,8 @@ def test_a_text_that_is_no_plan_is_refused_by_name(text: str) -> None:
 @pytest.mark.parametrize("path", paths())
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_integers_of_any_width_give_the_right_answer_or_an_error(path: str, data: st.DataObject) -> None:
-    """Offsets, dilations, strides and paddings, alone and multiplied with one another, beyond 31, 32 and 63 bits."""
+def test_integers_of_any_width_give_the_right_answer(path: str, data: st.DataObject) -> None:
+    """Offsets, dilations and strides, alone and multiplied with one another, beyond 31, 32 and 63 bits."""
     width = st.sampled_from([0, 1, 2, 2**15 + 1, 2**30, 2**31 - 1, 2**31, 2**32, 2**33 + 1, 2**40, 2**62])
     sign = st.sampled_from([1, -1])
     tap = st.tuples(*(st.builds(lambda n, s: n * s, width, sign) for _ in range(2)))
@@ -147,10 +147,7 @@ def test_integers_of_any_width_give_the_right_answer_or_an_error(path: str, data
     groups = data.draw(st.sampled_from([1, 2]))
     x, weight = torch.randn(1, 2, 5, 6), torch.randn(2, 2 // groups, 1, 1)
     with kernels.use(path):
-        try:
-            y = sparse_conv2d(x, weight, None, offsets, stride, 0, dilation, groups)
-        except malformed.ERRORS:
-            return
+        y = sparse_conv2d(x, weight, None, offsets, stride, 0, dilation, groups)
     wanted = torch.zeros_like(y)
     for u in range(y.shape[2]):
         for v in range(y.shape[3]):

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from widerf import kernels
 from widerf.kernels import columns, cpu, gate
-from widerf.kernels.plan import Layout, Plan, read_plan, slices
+from widerf.kernels.plan import Layout, Plan, read_plan, slices, trim
 
 _library: Any = torch.library.Library("widerf", "DEF")  # type: ignore[no-untyped-call]
+FAR = 1 << 12  # a border of more pixels is not added in earnest: taps out there read zeros
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
@@ -90,7 +91,8 @@ def _compute(name: str, first: Tensor, second: Tensor, text: str, shape: Sequenc
     elif path == "cpu" and call.small:
         result = getattr(cpu, name)(first.float(), second.float(), plan, shape).to(dtype)
     else:
-        result = getattr(columns, name)(first, second, plan, shape)
+        x, _, y = gate.shapes(name, first.shape, second.shape, shape)
+        result = getattr(columns, name)(first, second, trim(text, tuple(x[2:]), tuple(y[2:])), shape)
     return result.contiguous(memory_format=form)
 
 
@@ -174,7 +176,7 @@ _grad_weight: Any = _define(
 def _convolve_piece(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int], closed: bool
 ) -> Tensor:
-    if plan.spacing is not None:
+    if plan.spacing is not None and max(*plan.before, *plan.after) <= FAR:
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]
         part = columns.pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]

@@ -132,6 +132,27 @@ def read_plan(text: str) -> Plan:
     return Plan(kept, repeats, tuple(stride), tuple(before), tuple(after), groups)
 
 
+@lru_cache(maxsize=1024)
+def trim(text: str, image: tuple[int, ...], size: tuple[int, ...]) -> Plan:
+    """Return the plan for images and outputs of these sizes, with no wider border than they need.
+
+    A tap that reads nothing but zeros there, however far away, reads those next to the image.
+    """
+    plan = read_plan(text)
+    low = [-s * (m - 1) - 1 for s, m in zip(plan.stride, size, strict=True)]
+
+    def near(shift: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(min(max(d, a), n) for d, a, n in zip(shift, low, image, strict=True))
+
+    runs = tuple(run._replace(shifts=tuple(map(near, run.shifts))) for run in plan.runs)
+    if runs == plan.runs:
+        return plan
+    along = list(zip(*(shift for run in runs for shift in run.shifts), strict=True))
+    before = tuple(max(0, -min(d)) for d in along)
+    after = tuple(max(0, max(d) - a - n) for d, a, n in zip(along, low, image, strict=True))
+    return Plan(runs, plan.repeats, plan.stride, before, after, plan.groups)
+
+
 class Layout(NamedTuple):
     """One layer, laid out in two ways."""
 

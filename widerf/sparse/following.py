@@ -52,6 +52,18 @@ def _is_watched() -> bool:
     )
 
 
+def _real(t: Any) -> Tensor | None:
+    """Return the tensor that ``t`` stands for: exporters and tracers put functional and fake ones into a model."""
+    while torch._is_functional_tensor(getattr(t, "elem", t)):
+        t = torch._from_functional_tensor(getattr(t, "elem", t))
+    mode = getattr(t, "fake_mode", None)
+    if mode is not None:
+        memory = mode.fake_tensor_converter.meta_converter
+        known = getattr(getattr(memory, "describer", None), "lookup_tensor", {})  # torch 2.4 and later
+        t = next((real for real, number in known.items() if memory.tensor_memo.get(number) is t), None)
+    return t if type(t) is Tensor and not t.is_meta else None
+
+
 def read_members(offsets: Tensor) -> list[Tensor] | None:
     """Return the offsets of each member of an ensemble, plain and on the CPU; of one layer, a list of one.
 
@@ -70,11 +82,12 @@ def read_members(offsets: Tensor) -> list[Tensor] | None:
         while _functorch.is_functorch_wrapped_tensor(offsets):
             batched.append(_functorch.maybe_get_bdim(offsets))
             offsets = _functorch.get_unwrapped(offsets)
-        if type(offsets) is not Tensor or offsets.is_meta:
+        real = _real(offsets)
+        if real is None:
             return None
-        if not allocated(offsets):
-            raise RuntimeError(f"offsets must have memory for their {offsets.numel()} elements, got a freed storage")
-        members = offsets.detach().cpu()
+        if not allocated(real):
+            raise RuntimeError(f"offsets must have memory for their {real.numel()} elements, got a freed storage")
+        members = real.detach().cpu()
         done = 0
         for axis in reversed([axis for axis in batched if axis >= 0]):
             members = members.movedim(done + axis, 0)

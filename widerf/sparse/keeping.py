@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from widerf import patterns
-from widerf._checks import require
 from widerf.functional import read_taps
 from widerf.kernels.plan import Layout, Taps
 from widerf.sparse import following
@@ -18,7 +17,6 @@ from widerf.sparse.frame import Frame, Pairs, lay_out
 from widerf.sparse.offsets import check_pattern
 
 
-CHANGED = "not be changed in place just before compilation (call the layer once in eager mode first)"
 STALE = (
     "offsets must not be changed after compilation, got others than those compiled "
     "(call the layer once in eager mode; then it is compiled anew)"
@@ -146,13 +144,18 @@ class KeepsOffsets(_ConvNd):
             self._seen = following.look(self.offsets, self._remembered())
             self._compiled_with = self._remembered().to(self.offsets.device)
 
-    def _check_compiled(self) -> None:
-        """Refuse other offsets than ``_taps``: when the compiler runs, and by the compiled program at each call."""
-        require(_hash_now(self.offsets) == self._hash, "offsets", CHANGED, "other offsets than in the last call")
+    def _follow_compiled(self) -> None:
+        """Follow the offsets when the compiler runs, outside of what it compiles, and refuse others at each call."""
+        if _hash_now(self.offsets) != self._hash:
+            self._follow_outside()
         known = self._compiled_with
         if known is None or known.device != self.offsets.device:
             known = torch.tensor(self._taps, device=self.offsets.device)
         torch._assert_async((self.offsets == known).all(), STALE)
+
+    @torch._disable_dynamo
+    def _follow_outside(self) -> None:
+        self._follow()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save as usual; the offsets in the state dict share memory with the buffer but count their own writes.

@@ -123,8 +123,8 @@ class SparseConv(KeepsOffsets):
         if not isinstance(input, Tensor) and hasattr(input, "tracer"):
             return self._on_proxy(input)
         if torch.compiler.is_dynamo_compiling():
-            self._check_compiled()
-        elif not torch.compiler.is_compiling() and not self._follow():
+            self._follow_compiled()
+        elif not self._follow():
             return self._convolve_members(input)
         layout, pads, added = self._layout()
         wide = extend(input, added, self.padding_mode)
