@@ -175,7 +175,9 @@ def apply_layout(
     if offsets is None:
         y = convolve(batched, weight, bias, layout, size)
     else:
-        y = columns.gathered(batched, weight, offsets, plan, origin(weight.shape[2:], padding, dilation), dilation, size)
+        y = columns.gathered(
+            batched, weight, offsets, plan, origin(weight.shape[2:], padding, dilation), dilation, size
+        )
         y = y if bias is None else y + bias.view(-1, *(1,) * rank)
     if not torch.compiler.is_compiling():
         y = y.contiguous(memory_format=memory_format(batched))

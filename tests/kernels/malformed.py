@@ -230,7 +230,11 @@ def _answer(call: Call) -> Tensor:
         group = slice(c // w.shape[1] * outs, (c // w.shape[1] + 1) * outs)
         for t, shift in enumerate(taps):
             read, to = _overlap(shift, stride, x.shape[2:], y.shape[2:])
-            image, out, factor = x[(slice(None), c, *read)], y[(slice(None), group, *to)], flat[group, c % w.shape[1], t]
+            image, out, factor = (
+                x[(slice(None), c, *read)],
+                y[(slice(None), group, *to)],
+                flat[group, c % w.shape[1], t],
+            )
             if call.name == "forward":
                 out += image.unsqueeze(1) * factor.view(-1, *(1,) * len(stride))
             elif call.name == "grad_input":

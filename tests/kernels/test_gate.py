@@ -164,13 +164,22 @@ def test_strides_whose_products_exceed_31_bits(channels: int) -> None:
     """An input offset of 2³⁵ within a tile; depthwise, 2³² phases of the stride."""
     x = torch.randn(1, 2, 4, 2**20)
     layer = SparseConv2d(
-        2, channels, 1, (4096, 2**20), (20480, 0), groups=channels, bias=False, pattern=torch.tensor([[[0, 0]], [[0, 1]]])
+        2,
+        channels,
+        1,
+        (4096, 2**20),
+        (20480, 0),
+        groups=channels,
+        bias=False,
+        pattern=torch.tensor([[[0, 0]], [[0, 1]]]),
     )
     y = layer(x.requires_grad_())
     assert y.shape == (1, channels, 11, 1)
-    exact = layer.weight[:, :, 0, 0] * x[0, :, 0, :2].diagonal() if channels == 1 else layer.weight[:, 0, 0, 0] * x[
-        0, :, 0, :2
-    ].diagonal()
+    exact = (
+        layer.weight[:, :, 0, 0] * x[0, :, 0, :2].diagonal()
+        if channels == 1
+        else layer.weight[:, 0, 0, 0] * x[0, :, 0, :2].diagonal()
+    )
     wanted = torch.zeros_like(y)
     wanted[0, :, 5, 0] = exact.sum(-1) if channels == 1 else exact
     torch.testing.assert_close(y, wanted)

@@ -155,7 +155,10 @@ def test_offsets_that_were_freed_are_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("way", "pattern", "path"),
-    [*((way, "mixed", "") for way in WAYS[:6]), *((written, p, k) for p in ("partition", "grid") for k in ("", "torch"))],
+    [
+        *((way, "mixed", "") for way in WAYS[:6]),
+        *((written, p, k) for p in ("partition", "grid") for k in ("", "torch")),
+    ],
 )
 def test_a_compiled_layer_follows_or_refuses_other_offsets(way: Any, pattern: str, path: str) -> None:
     def made(pattern: str, seed: int) -> SparseConv2d:

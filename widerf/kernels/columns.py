@@ -125,10 +125,9 @@ def gathered(
         shape = (-1, *(m if a == axis else 1 for a in range(rank)))
         index = index * n + place.clamp(0, n - 1).reshape(shape)
         inside = inside & ((place >= 0) & (place < n)).reshape(shape)
-    index = index.flatten(1).unflatten(0, (channels, -1)).flatten(1)  # (channels, taps·pixels)
-    read = x.flatten(2).gather(2, index.expand(x.shape[0], -1, -1))
-    kept = torch.where(inside.reshape(1, channels, -1), read, read.new_zeros(()))
-    return _weigh(kept.unflatten(2, (plan.taps, -1)).flatten(1, 2), weight, plan, size)
+    read = x.flatten(2).gather(2, index.reshape(1, channels, -1).expand(x.shape[0], -1, -1))
+    columns = torch.where(inside.reshape(1, channels, -1), read, read.new_zeros(()))  # (batch, channels, taps·pixels)
+    return _weigh(columns.reshape(x.shape[0], channels * plan.taps, -1), weight, plan, size)
 
 
 def _weigh(columns: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:

@@ -57,7 +57,9 @@ def check_kinds(name: str, first: Tensor, second: Tensor) -> None:
             f"but got {first.dtype} on {first.device} and {second.dtype} on {second.device}"
         )
     if first.dtype not in DTYPES:
-        raise TypeError(f"{OPERANDS[name][0]} must be of dtype float32, float64, bfloat16 or float16, got {first.dtype}")
+        raise TypeError(
+            f"{OPERANDS[name][0]} must be of dtype float32, float64, bfloat16 or float16, got {first.dtype}"
+        )
 
 
 def shapes(
@@ -90,22 +92,6 @@ def check_sizes(plan: Plan, x: Sequence[int], y: Sequence[int]) -> None:
         last = plan.highest[axis] + stride * (m - 1) - n - plan.after[axis]
         rule = f"let the taps stay on axis {axis} within the plan's border of the input's {n} pixels"
         require(m == 0 or (first >= 0 and last < 0), "size", rule, tuple(y[2:]))
-
-
-def fits(plan: Plan, x: Sequence[int], y: Sequence[int]) -> bool:
-    """Whether the integers of the compiled kernels hold all that these shapes, of input and output, make them compute."""
-    extents = (n + s * m for n, m, s in zip(x[2:], y[2:], plan.stride, strict=True))
-    return max(extents) <= LARGEST and plan.channels * plan.taps < COUNTED
-
-
-def narrow(shift: int) -> int:
-    """Return ``shift`` as 32 bits hold it: one beyond them lies outside every image on the same side.
-
-    Example:
-        >>> narrow(-(2**40)), narrow(7)
-        (-2147483648, 7)
-    """
-    return min(max(shift, -(1 << 31)), (1 << 31) - 1)
 
 
 class Admitted(NamedTuple):

@@ -123,7 +123,8 @@ def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, pl
     def shaped(first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
         gate.check_kinds(kernel, first, second)
         gate.check_channels(read_plan(plan), *gate.shapes(kernel, first.shape, second.shape, shape))
-        return fake(first, second, shape)
+        result: Tensor = fake(first, second, shape)
+        return result
 
     full = f"widerf::{name}"
     _library.impl(name, compute, "CompositeExplicitAutograd")

@@ -214,9 +214,7 @@ def reach(
     return tuple(before), tuple(after)
 
 
-def origin(
-    kernel_size: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int]
-) -> tuple[int, ...]:
+def origin(kernel_size: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int]) -> tuple[int, ...]:
     """Return which pixel the tap at offset 0 reads for output 0, per axis."""
     return tuple(d * ((k - 1) // 2) - low for k, (low, _), d in zip(kernel_size, padding, dilation, strict=True))
 

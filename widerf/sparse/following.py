@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from widerf.kernels.gate import allocated
 from widerf.kernels.plan import Taps
 
-_functorch: Any = torch._C._functorch
+_C: Any = torch._C
+_functorch: Any = _C._functorch
 
 
 def _mode() -> Any:
-    return _get_current_dispatch_mode()  # type: ignore[no-untyped-call]
+    return _get_current_dispatch_mode()
 
 
 @contextlib.contextmanager
@@ -39,16 +40,14 @@ def unwatched() -> Iterator[None]:
             stack.enter_context(temporarily_clear_interpreter_stack())
         tracing = torch._C._get_tracing_state()
         if tracing is not None:
-            torch._C._set_tracing_state(None)
-            stack.callback(torch._C._set_tracing_state, tracing)
+            _C._set_tracing_state(None)
+            stack.callback(_C._set_tracing_state, tracing)
         yield
 
 
 def _is_watched() -> bool:
     return bool(
-        _mode() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        _mode() is not None or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     )
 
 

@@ -38,9 +38,7 @@ def borders(frame: Frame, taps: Sequence[tuple[int, ...]]) -> tuple[Pairs, Pairs
 def lay_out(frame: Frame, taps: Taps) -> tuple[Layout, Pairs, Pairs]:
     """Return the layout, the padding it works with, and what to add to the image beforehand."""
     pads, added = borders(frame, [tap for group in taps for tap in group])
-    layout = make_layout(
-        taps, frame.channels, frame.kernel_size, frame.stride, pads, frame.dilation, frame.groups
-    )
+    layout = make_layout(taps, frame.channels, frame.kernel_size, frame.stride, pads, frame.dilation, frame.groups)
     return layout, pads, added
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from widerf.kernels.plan import Layout, Taps
 from widerf.sparse import following
 from widerf.sparse.frame import Frame, Pairs, lay_out
 from widerf.sparse.offsets import check_pattern
-
 
 STALE = (
     "offsets must not be changed after compilation, got others than those compiled "
@@ -147,15 +145,11 @@ class KeepsOffsets(_ConvNd):
     def _follow_compiled(self) -> None:
         """Follow the offsets when the compiler runs, outside of what it compiles, and refuse others at each call."""
         if _hash_now(self.offsets) != self._hash:
-            self._follow_outside()
+            _follow_outside(self)
         known = self._compiled_with
         if known is None or known.device != self.offsets.device:
             known = torch.tensor(self._taps, device=self.offsets.device)
         torch._assert_async((self.offsets == known).all(), STALE)
-
-    @torch._disable_dynamo
-    def _follow_outside(self) -> None:
-        self._follow()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save as usual; the offsets in the state dict share memory with the buffer but count their own writes.
@@ -196,3 +190,10 @@ class KeepsOffsets(_ConvNd):
             self._hash = hash(self._taps)
             self._swear_in()
             self._forget()
+
+
+def _follow(layer: KeepsOffsets) -> None:
+    layer._follow()
+
+
+_follow_outside: Any = torch._disable_dynamo(_follow)  # type: ignore[attr-defined]

@@ -49,8 +49,8 @@ class SparseConv(KeepsOffsets):
     It is no subclass of ``nn.Conv2d`` on purpose: code that asks ``isinstance(m, nn.Conv2d)`` may rebuild a plain
     convolution from ``m.weight`` and would lose the offsets without a word.
 
-    The layer computes with what the buffer ``offsets`` holds when it is called (`KeepsOffsets`). A compiled layer refuses
-    other offsets than it was compiled with.
+    The layer computes with what the buffer ``offsets`` holds when it is called (`KeepsOffsets`). A compiled layer
+    refuses other offsets than it was compiled with.
     """
 
     RANK: ClassVar[int]
@@ -86,7 +86,7 @@ class SparseConv(KeepsOffsets):
         require(in_channels >= 1 and out_channels >= 1, "channels", "be positive", (in_channels, out_channels))
         require(groups >= 1 and in_channels % groups == 0, "groups", f"divide in_channels={in_channels}", groups)
         require(out_channels % groups == 0, "groups", f"divide out_channels={out_channels}", groups)
-        # On the CPU and in integers also where the model is built on another device, on none ("meta"), or of fake tensors.
+        # On the CPU and in integers also where the model is built on another device, on none ("meta"), or of fakes.
         with torch.device("cpu"), following.unwatched():
             seed = fresh_seed() if seed is None else seed
             if isinstance(pattern, str):
@@ -120,8 +120,9 @@ class SparseConv(KeepsOffsets):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input``, (batch, in, *spatial) or (in, *spatial)."""
-        if not isinstance(input, Tensor) and hasattr(input, "tracer"):
-            return self._on_proxy(input)
+        traced: Any = input
+        if not isinstance(traced, Tensor) and hasattr(traced, "tracer"):
+            return self._on_proxy(traced)  # type: ignore[no-any-return]
         if torch.compiler.is_dynamo_compiling():
             self._follow_compiled()
         elif not self._follow():
