@@ -10,8 +10,9 @@ from torch import Tensor
 
 from widerf._checks import require, require_known
 from widerf.geometry import ntuple
+from widerf.kernels import columns
 from widerf.kernels.op import convolve, memory_format
-from widerf.kernels.plan import Layout, Taps, make_layout
+from widerf.kernels.plan import Layout, Taps, make_layout, origin
 
 Size = int | Sequence[int]
 
@@ -95,9 +96,19 @@ def extend(x: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
     return x
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    """Raise what PyTorch's convolutions raise, RuntimeError, if the tensors do not fit each other."""
-    rank = weight.dim() - 2
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> None:
+    """Raise what PyTorch's convolutions raise, RuntimeError, if the tensors do not fit each other and the taps."""
+    rank, groups = len(layout.kernel_size), layout.whole.groups
+    if tuple(weight.shape[2:]) != layout.kernel_size:
+        raise RuntimeError(
+            f"weight must have shape (out, in/groups, {', '.join(map(str, layout.kernel_size))}), one number for each "
+            f"tap, got {list(weight.shape)}"
+        )
+    if weight.shape[0] % groups or weight.shape[1] * groups != layout.whole.channels:
+        raise RuntimeError(
+            f"weight must have shape (a multiple of groups={groups}, {layout.whole.channels // groups}, …), "
+            f"got {list(weight.shape)}"
+        )
     if x.dim() not in (rank + 1, rank + 2):
         raise RuntimeError(
             f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to sparse_conv{rank}d, "
@@ -147,17 +158,27 @@ def apply_layout(
     layout: Layout,
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Convolve by a layout that is made already: what the functions and the modules share."""
+    """Convolve by a layout that is made already: what the functions and the modules share.
+
+    With ``offsets`` the taps are there, not where the layout has them, and may differ along a batch of `torch.vmap`.
+    """
     plan = layout.whole
-    _check_shapes(x, weight, bias, plan.groups)
+    _check_shapes(x, weight, bias, layout)
     rank, device = weight.dim() - 2, x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
     size = output_size(batched.shape[2:], weight.shape[2:], plan.stride, padding, dilation)
-    y = convolve(batched, weight, bias, layout, size)
+    if offsets is None:
+        y = convolve(batched, weight, bias, layout, size)
+    else:
+        y = columns.gathered(
+            batched, weight, offsets, plan, origin(weight.shape[2:], padding, dilation), dilation, size
+        )
+        y = y if bias is None else y + bias.view(-1, *(1,) * rank)
     if not torch.compiler.is_compiling():
         y = y.contiguous(memory_format=memory_format(batched))
     return y if x.dim() == rank + 2 else y.squeeze(0)

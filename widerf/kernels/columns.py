@@ -101,6 +101,35 @@ def exportable(x: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Te
     return _weigh(every.index_select(1, torch.tensor(back, device=x.device)), weight, plan, size)
 
 
+def gathered(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    plan: Plan,
+    origin: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    """Convolve as `plain` does by offsets in a tensor (groups, taps, D), whose values need not be known.
+
+    Only the channels, the groups and the stride are read from the plan. Several times slower than the rest.
+    """
+    channels, rank = x.shape[1], len(size)
+    row = torch.arange(channels, device=x.device) * offsets.shape[-3] // channels
+    taps = offsets[row].flatten(0, 1)  # (channels·taps, D)
+    index: Any = 0
+    inside: Any = True
+    for axis, (n, m, step) in enumerate(zip(x.shape[2:], size, plan.stride, strict=True)):
+        start = origin[axis] + dilation[axis] * taps[:, axis]
+        place = start.unsqueeze(1) + step * torch.arange(m, device=x.device)  # (channels·taps, m)
+        shape = (-1, *(m if a == axis else 1 for a in range(rank)))
+        index = index * n + place.clamp(0, n - 1).reshape(shape)
+        inside = inside & ((place >= 0) & (place < n)).reshape(shape)
+    read = x.flatten(2).gather(2, index.reshape(1, channels, -1).expand(x.shape[0], -1, -1))
+    columns = torch.where(inside.reshape(1, channels, -1), read, read.new_zeros(()))  # (batch, channels, taps·pixels)
+    return _weigh(columns.reshape(x.shape[0], channels * plan.taps, -1), weight, plan, size)
+
+
 def _weigh(columns: Tensor, weight: Tensor, plan: Plan, size: Sequence[int]) -> Tensor:
     flat = columns.reshape(columns.shape[0], -1, math.prod(size))
     out = F.conv1d(flat, weight.reshape(weight.shape[0], -1, 1), groups=plan.groups)

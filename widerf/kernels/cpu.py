@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from widerf.kernels.gate import narrow
 from widerf.kernels.plan import Plan, read_plan
 
 VARIABLE = "WIDERF_KERNELS"  # environment variable that overrides the choice
@@ -96,7 +97,8 @@ def supported(device: str, dtype: torch.dtype, rank: int) -> bool:
 def _shifts(text: str) -> tuple[ctypes.Array[ctypes.c_int32], int]:
     """Return the (y, x) of each channel and tap, and the number of taps."""
     plan = read_plan(text)
-    once = [number for run in plan.runs for s in run.shifts * (run.stop - run.start) for number in (0, *s)[-2:]]
+    places = [s for run in plan.runs for s in run.shifts * (run.stop - run.start)]
+    once = [narrow(number) for s in places for number in (0, *s)[-2:]]
     flat = once * plan.repeats
     return (ctypes.c_int32 * len(flat))(*flat), len(plan.runs[0].shifts)
 

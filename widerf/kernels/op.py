@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from widerf import kernels
-from widerf.kernels import columns, cpu
-from widerf.kernels.plan import Layout, Plan, read_plan, slices
+from widerf.kernels import columns, cpu, gate
+from widerf.kernels.plan import Layout, Plan, read_plan, slices, trim
 
 _library: Any = torch.library.Library("widerf", "DEF")  # type: ignore[no-untyped-call]
+FAR = 1 << 12  # a border of more pixels is not added in earnest: taps out there read zeros
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
@@ -57,7 +58,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 @lru_cache(maxsize=512)
 def _table(plan: str) -> Tensor:
     """Return the shifts as the CUDA kernels take them: (channels, taps, 2), one row for a signal."""
-    return torch.tensor([[(0, *shift)[-2:] for shift in taps] for taps in read_plan(plan).shifts], dtype=torch.int32)
+    shifts = [[(0, *map(gate.narrow, shift))[-2:] for shift in taps] for taps in read_plan(plan).shifts]
+    return torch.tensor(shifts, dtype=torch.int32)
 
 
 def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
@@ -77,21 +79,20 @@ def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequen
     return torch.ops.aten._unsafe_view(result, [*result.shape[:2], *result.shape[3:]]) if flat else result
 
 
-def _compute(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+def _compute(name: str, first: Tensor, second: Tensor, text: str, shape: Sequence[int]) -> Tensor:
     """Compute one of the three maps, which bear the same names in all kernels, by the path for such tensors."""
-    if first.dtype != second.dtype or first.device != second.device:
-        raise RuntimeError(
-            "sparse_conv expects its tensors to have one dtype and device, "
-            f"but got {first.dtype} on {first.device} and {second.dtype} on {second.device}"
-        )
+    call, plan = gate.admit(name, first, second, text, shape), read_plan(text)
+    form = torch.contiguous_format if name == "grad_weight" else memory_format(first)
     dtype, (path, _) = first.dtype, kernels.path(first.device, first.dtype, first.dim() - 2)
-    if path == "cuda":
+    if call.empty:
+        result = torch.zeros(call.result, dtype=dtype, device=first.device)
+    elif path == "cuda" and call.small:
         result = _on_cuda(name, first, second, plan, shape)
-    elif path == "cpu":
+    elif path == "cpu" and call.small:
         result = getattr(cpu, name)(first.float(), second.float(), plan, shape).to(dtype)
     else:
-        result = getattr(columns, name)(first, second, plan, shape)
-    form = torch.contiguous_format if name == "grad_weight" else memory_format(first)
+        x, _, y = gate.shapes(name, first.shape, second.shape, shape)
+        result = getattr(columns, name)(first, second, trim(text, tuple(x[2:]), tuple(y[2:])), shape)
     return result.contiguous(memory_format=form)
 
 
@@ -100,7 +101,7 @@ def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, pl
     _library.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)
 
     def compute(first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
-        return _compute(kernel, first, second, read_plan(plan), shape)
+        return _compute(kernel, first, second, plan, shape)
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         first, second, ctx.plan, _ = inputs
@@ -112,12 +113,22 @@ def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, pl
         return first() if needed[0] else None, second() if needed[1] else None, None, None
 
     def batched(info: Any, dims: Any, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Any:
-        one = torch.vmap(lambda a, b: plain(a, b, read_plan(plan), shape), dims[:2])
-        return one(first, second), 0
+        def one(a: Tensor, b: Tensor) -> Tensor:
+            gate.check(kernel, a.shape, b.shape, read_plan(plan), shape)
+            result: Tensor = plain(a, b, read_plan(plan), shape)
+            return result
+
+        return torch.vmap(one, dims[:2])(first, second), 0
+
+    def shaped(first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+        gate.check_kinds(kernel, first, second)
+        gate.check_channels(read_plan(plan), *gate.shapes(kernel, first.shape, second.shape, shape))
+        result: Tensor = fake(first, second, shape)
+        return result
 
     full = f"widerf::{name}"
     _library.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(full, fake, lib=_library)
+    torch.library.register_fake(full, shaped, lib=_library)
     torch.library.register_autograd(full, derivatives, setup_context=setup, lib=_library)
     if hasattr(torch.library, "register_vmap"):  # torch 2.5
         torch.library.register_vmap(full, batched, lib=_library)
@@ -132,7 +143,7 @@ _forward: Any = _define(
     "sparse_conv",
     "Tensor input, Tensor weight, str plan, SymInt[] size",
     "forward",
-    lambda x, weight, plan, size: _shaped(x, (x.shape[0], weight.shape[0], *size)),
+    lambda x, weight, size: _shaped(x, (x.shape[0], weight.shape[0], *size)),
     lambda plan, x, weight, up: (
         lambda: _grad_input(up, weight, plan, x.shape),
         lambda: _grad_weight(x, up, plan, weight.shape),
@@ -143,7 +154,7 @@ _grad_input: Any = _define(
     "sparse_conv_grad_input",
     "Tensor grad, Tensor weight, str plan, SymInt[] shape",
     "grad_input",
-    lambda grad, weight, plan, shape: _shaped(grad, shape),
+    lambda grad, weight, shape: _shaped(grad, shape),
     lambda plan, grad, weight, up: (
         lambda: _forward(up, weight, plan, grad.shape[2:]),
         lambda: _grad_weight(up, grad, plan, weight.shape),
@@ -154,7 +165,7 @@ _grad_weight: Any = _define(
     "sparse_conv_grad_weight",
     "Tensor input, Tensor grad, str plan, SymInt[] shape",
     "grad_weight",
-    lambda x, grad, plan, shape: x.new_empty(shape),
+    lambda x, grad, shape: x.new_empty(shape),
     lambda plan, x, grad, up: (
         lambda: _grad_input(grad, up, plan, x.shape),
         lambda: _forward(x, up, plan, grad.shape[2:]),
@@ -166,7 +177,7 @@ _grad_weight: Any = _define(
 def _convolve_piece(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int], closed: bool
 ) -> Tensor:
-    if plan.spacing is not None:
+    if plan.spacing is not None and max(*plan.before, *plan.after) <= FAR:
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]
         part = columns.pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]
@@ -181,7 +192,7 @@ def _convolve_piece(
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, size: Sequence[int]) -> Tensor:
     """Convolve ``x`` (batch, channels, *spatial), zero outside; returns (batch, out, *size)."""
-    closed = not watched(x, weight)
+    closed = not watched(x, weight) and not x.is_complex()  # the operators' derivatives are those of real numbers
     pieces = layout.pieces
     if len(pieces) == 1:
         return _convolve_piece(x, weight, bias, pieces[0], size, closed)

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from widerf._checks import require
+
 Taps = tuple[tuple[tuple[int, ...], ...], ...]  # [group][tap][axis]
+SHOWN = 200  # characters of a text that is no plan
 NATIVE_CHANNELS = 16  # a grid of fewer channels is no faster in PyTorch's own convolution than as columns
 
 
@@ -40,11 +43,16 @@ class Plan:
     groups: int
     spacing: tuple[int, ...] | None = None  # pixels between the taps if all channels read the same grid
     text: str = field(init=False, compare=False, repr=False)
+    lowest: tuple[int, ...] = field(init=False, compare=False, repr=False)  # of all shifts, per axis
+    highest: tuple[int, ...] = field(init=False, compare=False, repr=False)
     blocks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # work space, see `columns.Block`
 
     def __post_init__(self) -> None:
         parts = (self.runs, self.repeats, self.stride, self.before, self.after, self.groups)
         object.__setattr__(self, "text", json.dumps(parts))
+        along = list(zip(*(shift for run in self.runs for shift in run.shifts), strict=True))
+        object.__setattr__(self, "lowest", tuple(map(min, along)))
+        object.__setattr__(self, "highest", tuple(map(max, along)))
 
     @property
     def channels(self) -> int:
@@ -62,15 +70,87 @@ class Plan:
         return [run.shifts for run in self.runs for _ in range(run.start, run.stop)] * self.repeats
 
 
+def _integers(values: Any, length: int, least: int | None = None) -> bool:
+    """Whether ``values`` is a list of so many integers, none less than ``least``."""
+    if not isinstance(values, list) or len(values) != length:
+        return False
+    return all(type(v) is int and (least is None or v >= least) for v in values)
+
+
+def _is_run(run: Any, start: int, taps: int, rank: int) -> bool:
+    if not isinstance(run, list) or len(run) != 3 or not _integers(run[:2], 2, 0) or not isinstance(run[2], list):
+        return False
+    return run[0] == start < run[1] and len(run[2]) == taps and all(_integers(shift, rank) for shift in run[2])
+
+
+def _why_no_plan(parts: Any) -> str | None:
+    """Return the rule that ``parts``, read from the text of a plan, breaks; None if they are a plan."""
+    if not isinstance(parts, list) or len(parts) != 6:
+        return "be a list of runs, repeats, stride, before, after and groups"
+    runs, repeats, stride, before, after, groups = parts
+    rank = len(stride) if isinstance(stride, list) else 0
+    if rank not in (1, 2, 3) or not _integers(stride, rank, 1):
+        return "have as stride one, two or three positive integers"
+    if not (_integers(before, rank, 0) and _integers(after, rank, 0)):
+        return f"have as before and after {rank} integers each, not negative"
+    if not _integers([repeats, groups], 2, 1):
+        return "have positive integers as repeats and groups"
+    if not isinstance(runs, list) or not runs or not isinstance(runs[0], list) or len(runs[0]) != 3:
+        return "have runs [start, stop, shifts]"
+    taps, start = len(runs[0][2]) if isinstance(runs[0][2], list) else 0, 0
+    for run in runs:
+        if taps < 1 or not _is_run(run, start, taps, rank):
+            return f"have runs that begin where the one before ends, of equally many shifts of {rank} integers"
+        start = run[1]
+    return None if start * repeats % groups == 0 else "have groups that divide its channels"
+
+
 @lru_cache(maxsize=1024)
 def read_plan(text: str) -> Plan:
     """Return the plan that has this ``text``: the operators know a plan by what it says.
 
     So a compiled program that is kept in a cache means the same in another process.
+
+    Raises:
+        ValueError: if it is not the text of a plan.
+
+    Example:
+        >>> read_plan("[]")
+        Traceback (most recent call last):
+        ...
+        ValueError: plan must be a list of runs, repeats, stride, before, after and groups, got '[]'
     """
-    runs, repeats, stride, before, after, groups = json.loads(text)
+    shown = text if len(text) <= SHOWN else text[:SHOWN] + "…"
+    try:
+        parts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"plan must be JSON, got {shown!r}") from error
+    why = _why_no_plan(parts)
+    require(why is None, "plan", why or "", shown)
+    runs, repeats, stride, before, after, groups = parts
     kept = tuple(Run(start, stop, tuple(map(tuple, shifts))) for start, stop, shifts in runs)
     return Plan(kept, repeats, tuple(stride), tuple(before), tuple(after), groups)
+
+
+@lru_cache(maxsize=1024)
+def trim(text: str, image: tuple[int, ...], size: tuple[int, ...]) -> Plan:
+    """Return the plan for images and outputs of these sizes, with no wider border than they need.
+
+    A tap that reads nothing but zeros there, however far away, reads those next to the image.
+    """
+    plan = read_plan(text)
+    low = [-s * (m - 1) - 1 for s, m in zip(plan.stride, size, strict=True)]
+
+    def near(shift: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(min(max(d, a), n) for d, a, n in zip(shift, low, image, strict=True))
+
+    runs = tuple(run._replace(shifts=tuple(map(near, run.shifts))) for run in plan.runs)
+    if runs == plan.runs:
+        return plan
+    along = list(zip(*(shift for run in runs for shift in run.shifts), strict=True))
+    before = tuple(max(0, -min(d)) for d in along)
+    after = tuple(max(0, max(d) - a - n) for d, a, n in zip(along, low, image, strict=True))
+    return Plan(runs, plan.repeats, plan.stride, before, after, plan.groups)
 
 
 class Layout(NamedTuple):
@@ -78,6 +158,7 @@ class Layout(NamedTuple):
 
     whole: Plan  # all channels at once
     pieces: tuple[Plan, ...]  # grids for PyTorch's own convolution where that pays, and the rest; their results add up
+    kernel_size: tuple[int, ...]  # of the weight
 
 
 def _grid(taps: tuple[tuple[int, ...], ...], kernel_size: Sequence[int]) -> tuple[int, ...] | None:
@@ -133,6 +214,12 @@ def reach(
     return tuple(before), tuple(after)
 
 
+def origin(kernel_size: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Return which pixel the tap at offset 0 reads for output 0, per axis."""
+    return tuple(d * ((k - 1) // 2) - low for k, (low, _), d in zip(kernel_size, padding, dilation, strict=True))
+
+
+@lru_cache(maxsize=256)
 def make_layout(
     taps: Taps,
     channels: int,
@@ -143,10 +230,10 @@ def make_layout(
     groups: int,
 ) -> Layout:
     """Lay out one layer; ``padding`` is (before, after) per axis, as of the plain convolution."""
-    origin = [d * ((k - 1) // 2) - low for k, (low, _), d in zip(kernel_size, padding, dilation, strict=True)]
+    first = origin(kernel_size, padding, dilation)
 
     def shift(tap: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(a + d * o for a, d, o in zip(origin, dilation, tap, strict=True))
+        return tuple(a + d * o for a, d, o in zip(first, dilation, tap, strict=True))
 
     def plan(runs: tuple[Run, ...], native: bool = False) -> Plan:
         extra = reach([tap for run in runs for tap in run.shifts], kernel_size, padding, dilation)
@@ -155,9 +242,10 @@ def make_layout(
 
     runs, repeats = _runs(taps, channels)
     if len(runs) == 1 or groups > 1 or repeats > 1:
-        return Layout(plan(runs), (plan(runs, len(runs) == 1),))
+        return Layout(plan(runs), (plan(runs, len(runs) == 1),), kernel_size)
     pieces = _split(runs, kernel_size)
-    return Layout(plan(runs), tuple(plan(p, len(p) == 1 and p[0].stop >= NATIVE_CHANNELS) for p in pieces))
+    placed = tuple(plan(p, len(p) == 1 and p[0].stop >= NATIVE_CHANNELS) for p in pieces)
+    return Layout(plan(runs), placed, kernel_size)
 
 
 def slices(plan: Plan, size: Sequence[int], tap: Sequence[int], wider: Sequence[int] | None = None) -> Any:

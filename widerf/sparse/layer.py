@@ -14,11 +14,12 @@ from widerf import patterns
 from widerf._checks import require
 from widerf.functional import apply_layout, check_offsets, extend, read_taps, resolve_padding
 from widerf.geometry import ntuple
-from widerf.kernels.plan import Layout, make_layout, reach
-from widerf.sparse.offsets import averaged, check_pattern, draw_offsets, fresh_seed, window_of
+from widerf.sparse import following
+from widerf.sparse.frame import borders, convolve_as
+from widerf.sparse.keeping import KeepsOffsets
+from widerf.sparse.offsets import check_pattern, draw_offsets, fresh_seed, window_of
 
 Size = int | Sequence[int]
-Pairs = tuple[tuple[int, int], ...]
 
 
 def why_not_plain(module: nn.Module, dense: type[_ConvNd]) -> str | None:
@@ -42,26 +43,14 @@ def why_not_plain(module: nn.Module, dense: type[_ConvNd]) -> str | None:
     return "it has hooks" if any(hooks) else None
 
 
-CHANGED = "not be changed in place just before compilation (call the layer once in eager mode first)"
-
-
-def _hash_now(offsets: Tensor) -> int:
-    """Return the hash of the taps that the buffer holds when the compiler runs; it compiles slices, not the buffer."""
-    return hash(read_taps(offsets))
-
-
-# All that torch.compiler.assume_constant_result does, without its import of the compiler: two seconds.
-_hash_now._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class SparseConv(_ConvNd):
+class SparseConv(KeepsOffsets):
     """What the three ranks share. The spatial rank is ``RANK``, the plain layer is ``DENSE``.
 
     It is no subclass of ``nn.Conv2d`` on purpose: code that asks ``isinstance(m, nn.Conv2d)`` may rebuild a plain
     convolution from ``m.weight`` and would lose the offsets without a word.
 
-    The buffer ``offsets`` is what is saved and moved; ``_taps`` are the same integers in Python, which slicing needs.
-    `_follow` keeps the two equal.
+    The layer computes with what the buffer ``offsets`` holds when it is called (`KeepsOffsets`). A compiled layer
+    refuses other offsets than it was compiled with.
     """
 
     RANK: ClassVar[int]
@@ -97,8 +86,9 @@ class SparseConv(_ConvNd):
         require(in_channels >= 1 and out_channels >= 1, "channels", "be positive", (in_channels, out_channels))
         require(groups >= 1 and in_channels % groups == 0, "groups", f"divide in_channels={in_channels}", groups)
         require(out_channels % groups == 0, "groups", f"divide out_channels={out_channels}", groups)
-        seed = fresh_seed() if seed is None else seed
-        with torch.device("cpu"):  # also where the model is built on another device, or on none ("meta")
+        # On the CPU and in integers also where the model is built on another device, on none ("meta"), or of fakes.
+        with torch.device("cpu"), following.unwatched():
+            seed = fresh_seed() if seed is None else seed
             if isinstance(pattern, str):
                 window = tuple(2 * n + 1 for n in k) if extent is None else ntuple(extent, rank, "extent")
                 offsets = draw_offsets(pattern, k, window, in_channels, groups, seed)
@@ -106,7 +96,7 @@ class SparseConv(_ConvNd):
                 offsets = check_offsets(pattern, math.prod(k), rank)
                 window = window_of(offsets, k) if extent is None else ntuple(extent, rank, "extent")
                 offsets = check_pattern(offsets, k, window, in_channels)
-        taps = read_taps(offsets)
+            taps = read_taps(offsets)
         super().__init__(
             in_channels,
             out_channels,
@@ -124,117 +114,41 @@ class SparseConv(_ConvNd):
         )
         self.extent = window
         self.pattern = pattern if isinstance(pattern, str) else "custom"
-        self.register_buffer("offsets", offsets.to(self.weight.device))
-        self._taps = taps
-        self._forget()
+        self._keep(taps)
         self._follow()
         self._layout()  # here, so that a compiler finds it done
 
-    def _forget(self) -> None:
-        """Drop what is derived: the layout, and the mark of the offsets that it was made from."""
-        self._planned: tuple[Any, Layout, Pairs, Pairs] | None = None
-        self._mark: tuple[int, int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_planned": None, "_mark": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._layout()
-
-    def reset_parameters(self) -> None:
-        """Draw weight and bias as PyTorch's convolutions do; the offsets stay (and come back after ``to_empty``)."""
-        super().reset_parameters()
-        if "offsets" in self._buffers and not self.offsets.is_meta:
-            self.offsets.copy_(self._remembered())
-
-    def _remembered(self) -> Tensor:
-        return torch.tensor(self._taps, device="cpu")
-
-    def _follow(self) -> None:
-        """Bring ``_taps`` up to date with the buffer, if something wrote to it: a load, a broadcast, another device.
-
-        Running averages of models also average integer buffers: 0.999·3 + 0.001·3 may be 2.9999998, which becomes 2.
-        Such a change is undone.
-
-        Raises:
-            ValueError: if the new offsets are no pattern of this layer.
-        """
-        offsets = self.offsets
-        if offsets.is_meta or type(offsets) is not Tensor:  # no values to read, or tracing with the ones we know
-            return
-        mark = (id(offsets), -1 if offsets.is_inference() else offsets._version)
-        if mark == self._mark and mark[1] >= 0:
-            return
-        taps = read_taps(offsets)
-        if taps != self._taps:
-            in_place = self._mark is None or mark[0] == self._mark[0]
-            if in_place and averaged(taps, self._taps):
-                offsets.copy_(self._remembered())
-                mark = (mark[0], offsets._version)
-            else:
-                check_pattern(offsets, self.kernel_size, self.extent, self.in_channels)
-                self._taps, self._planned = taps, None
-        self._mark = mark
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._follow()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load as usual; the checkpoint of a plain convolution has no offsets, and the layer keeps its own."""
-        key = prefix + "offsets"
-        if key not in state_dict:
-            state_dict[key] = self._remembered()
-        else:
-            try:
-                check_pattern(state_dict[key], self.kernel_size, self.extent, self.in_channels)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{key}: {error}")
-                state_dict[key] = self._remembered()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not self.offsets.is_meta:
-            self._taps = read_taps(self.offsets)
-            self._forget()
-            self._layout()
-
-    def _layout(self) -> tuple[Layout, Pairs, Pairs]:
-        """Return the layout, the padding it works with, and what to add to the image beforehand."""
-        key = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        if self._planned is None or self._planned[0] != key:
-            pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
-            added: Pairs = ((0, 0),) * self.RANK
-            if self.padding_mode != "zeros":
-                offsets = [tap for group in self._taps for tap in group]
-                added = tuple(zip(*reach(offsets, self.kernel_size, pads, self.dilation), strict=True))
-                pads = tuple((low - a, high - b) for (low, high), (a, b) in zip(pads, added, strict=True))
-            layout = make_layout(
-                self._taps, self.in_channels, self.kernel_size, self.stride, pads, self.dilation, self.groups
-            )
-            self._planned = (key, layout, pads, added)
-            self._hash = hash(self._taps)
-        return self._planned[1:]
-
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input``, (batch, in, *spatial) or (in, *spatial)."""
-        if not torch.compiler.is_compiling():
-            self._follow()
-        elif torch.compiler.is_dynamo_compiling():
-            require(_hash_now(self.offsets) == self._hash, "offsets", CHANGED, "other offsets than in the last call")
+        traced: Any = input
+        if not isinstance(traced, Tensor) and hasattr(traced, "tracer"):
+            return self._on_proxy(traced)  # type: ignore[no-any-return]
+        if torch.compiler.is_dynamo_compiling():
+            self._follow_compiled()
+        elif not self._follow():
+            return self._convolve_members(input)
         layout, pads, added = self._layout()
         wide = extend(input, added, self.padding_mode)
         return apply_layout(wide, self.weight, self.bias, layout, pads, self.dilation)
+
+    def _convolve_members(self, input: Tensor) -> Tensor:
+        """Convolve by offsets that `torch.vmap` has another set of for each member of an ensemble."""
+        corners = patterns.window(self.kernel_size, self.extent)[[0, -1]].tolist()
+        pads, added = borders(self._frame(), corners)
+        wide = extend(input, added, self.padding_mode)
+        return apply_layout(wide, self.weight, self.bias, self._layout()[0], pads, self.dilation, self.offsets)
+
+    def _on_proxy(self, input: Any) -> Any:
+        """Record one node for `torch.fx`, whose tracers take no layers but PyTorch's own for leaves.
+
+        The layer is called if it is part of a model, as ``nn.Conv2d`` is; if it is traced by itself, its function is.
+        """
+        tracer = input.tracer
+        if tracer.root is not self:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        bias = None if self.bias is None else tracer.create_proxy("get_attr", "bias", (), {})
+        tensors = (input, *(tracer.create_proxy("get_attr", name, (), {}) for name in ("weight", "offsets")))
+        return tracer.create_proxy("call_function", convolve_as, (*tensors, bias, *self._frame()), {})
 
     def readers(self) -> tuple[int, int]:
         """Return how many of the input channels of one group of connections read a cell of the window: (fewest, most).
@@ -288,8 +202,7 @@ class SparseConv(_ConvNd):
             seed=seed,
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer.offsets = layer._remembered().to(conv.weight.device)
-        layer._forget()
+        layer._keep(layer._taps)  # on the device of the weight
         return layer.train(conv.training)
 
     def _to_dense(self) -> Any:

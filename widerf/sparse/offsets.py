@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from widerf import patterns
 from widerf._checks import require, require_known
 from widerf.functional import check_offsets
-from widerf.kernels.plan import Taps
 
 
 def fresh_seed() -> int:
@@ -79,11 +77,3 @@ def check_pattern(value: Any, kernel_size: Sequence[int], extent: Sequence[int],
     rule = f"lie in the window of extent {tuple(extent)}, {cells[0].tolist()} to {cells[-1].tolist()}"
     require(bool(inside.all()), "offsets", rule, offsets.cpu()[~inside].tolist())
     return offsets
-
-
-def averaged(new: Taps, old: Taps) -> bool:
-    """Whether ``new`` is what a running average makes of ``old``: integers truncated to the next one towards zero."""
-    if len(new) != len(old):
-        return False
-    pairs = zip(itertools.chain(*itertools.chain(*new)), itertools.chain(*itertools.chain(*old)), strict=True)
-    return all(n in (o, o - (o > 0) + (o < 0)) for n, o in pairs)

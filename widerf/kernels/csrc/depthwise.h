@@ -65,7 +65,7 @@ struct LiveTaps {
   Scratch<float> weight;
   bool ok;
 
-  // place(shift, &at) returns the phase. `w` may be null: then there are no weights.
+  // place(shift, &at) returns the phase, or −1 if no pixel has it. `w` may be null: then there are no weights.
   template <class F>
   LiveTaps(const Shape &s, const int32_t *shifts, const float *w, int64_t phases, const F &place)
       : taps(s.T), phases(phases), at(s.C * phases * s.T), tap(s.C * phases * s.T), count(s.C * phases),
@@ -76,7 +76,9 @@ struct LiveTaps {
       const int32_t *d = shifts + 2 * k;
       if (!alive(s, d)) continue;
       int64_t where = 0;
-      const int64_t list = k / s.T * phases + place(d, &where), i = list * s.T + count.data[list]++;
+      const int64_t phase = place(d, &where);
+      if (phase < 0) continue;
+      const int64_t list = k / s.T * phases + phase, i = list * s.T + count.data[list]++;
       at.data[i] = where;
       tap.data[i] = k;
       if (w) weight.data[i] = w[k];

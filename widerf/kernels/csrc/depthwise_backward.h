@@ -19,17 +19,21 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
   }
   const Bordered plane = {-low_y, -low_x, high_y - low_y + 1, high_x - low_x + 1, 1, 1, s.U, s.V};
   const Planes in(s.B, s.C, s.U, s.V, s.last), out(s.B, s.C, s.H, s.W, s.last);
-  const int64_t steps = s.sy * s.sx, width = together(s, plane), step = plane.floats();
-  const int64_t band = s.last && steps == 1 ? least(BAND, s.H) : s.H;  // rows of all phases go out together
+  // A stride wider than the image has more phases than there are pixels.
+  const int64_t down_to = least(s.sy, s.H), across = least(s.sx, s.W), steps = down_to * across;
+  const int64_t width = together(s, plane), step = plane.floats();
+  const bool whole = s.sy * s.sx == 1;  // one phase, and it is the image
+  const int64_t band = s.last && whole ? least(BAND, s.H) : s.H;  // rows of all phases go out together
   const LiveTaps live(s, shifts, w, steps, [&](const int32_t *d, int64_t *at) {
     const int64_t y = down(d[0], s.sy), x = down(d[1], s.sx);
     *at = plane.at(-y, -x);
-    return (d[0] - y * s.sy) * s.sx + d[1] - x * s.sx;
+    const int64_t phase_y = d[0] - y * s.sy, phase_x = d[1] - x * s.sx;
+    return phase_y < down_to && phase_x < across ? phase_y * across + phase_x : -1;
   });
   bool failed = !live.ok;
   const int64_t blocks = ceil_div(s.C, width);
   if (!failed) parallel(blocks * s.B, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-    Scratch<float> copy(width * step), line(width * s.V), phase_of(steps > 1 ? s.HW : 0);
+    Scratch<float> copy(width * step), line(width * s.V), phase_of(whole ? 0 : s.HW);
     Scratch<float> buffer(s.last ? width * band * s.W : 0);
     if (!copy.data || !line.data || !phase_of.data || !buffer.data) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
@@ -39,7 +43,7 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / blocks, c0 = task % blocks * width, n = least(width, s.C - c0);
       for (int64_t y = 0, read = 0; y < s.H; y += band) {
-        const int64_t rows = least(band, s.H - y), need = steps == 1 ? plane.needed(y + rows, s.H) : s.U;
+        const int64_t rows = least(band, s.H - y), need = whole ? plane.needed(y + rows, s.H) : s.U;
         in.read(g, b, c0, n, read, need, plane, step, copy.data, line.data);
         for (int64_t i = 0; i < n; i++) {
           if (i + 1 < n) plane.prefetch(copy.data + (i + 1) * step, y, rows, s.H);
@@ -47,11 +51,11 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
             const int64_t list = live.list(c0 + i, phase);
             float *image = out.target(gx, b, c0, y, buffer.data + i * rows * s.W);
             const float *from = copy.data + i * step + y * plane.pitch;
-            if (steps == 1) {
+            if (whole) {
               conv_plane(from, plane.pitch, rows, s.W, live, list, image, s.W);
               continue;
             }
-            const int64_t y0 = phase / s.sx, x0 = phase % s.sx;
+            const int64_t y0 = phase / across, x0 = phase % across;
             const int64_t high = ceil_div(s.H - y0, s.sy), wide = ceil_div(s.W - x0, s.sx);
             if (high <= 0 || wide <= 0) continue;
             conv_plane(from, plane.pitch, high, wide, live, list, phase_of.data, wide);

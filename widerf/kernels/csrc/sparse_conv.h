@@ -7,6 +7,10 @@
 // x zero outside the image; padding and dilation are folded into the shifts. With groups, output o reads the input
 // channels of its block only and w is (out, in/groups, taps). All arrays are dense; x, y and their gradients are NCHW,
 // or NHWC if channels_last is set. The functions return 0, or 1 if memory ran out (nothing is promised about the output then).
+//
+// Nothing is checked here: the caller (gate.py, cpu.py) sees to it that groups divide the channels, that all sizes are
+// those of the arrays and not negative, that there are fewer than 2^31 taps of a group's channels together, and that on
+// each axis size + stride · (output size) is at most 2^27.
 #pragma once
 #include <stdint.h>
 

@@ -7,22 +7,30 @@
 namespace {
 
 constexpr int64_t SLAB_FLOATS = 1 << 18;  // of the larger image: what the last cache holds easily
+constexpr int64_t MOST_BORDER = 16, FEW_FLOATS = 1 << 20, MOST_LISTED = 1 << 24;
 
-bool depthwise(const widerf_problem *p) { return p->groups == p->in_channels && p->groups == p->out_channels; }
+// Whether the plane at a time serves. Strides and taps about as wide as the image or wider would make its border or its
+// lists of taps many times larger than the image; the general code needs neither.
+bool depthwise(const widerf_problem *p, const int32_t *shifts) {
+  if (p->groups != p->in_channels || p->groups != p->out_channels) return false;
+  const Shape s(p);
+  const int64_t lists = s.C * s.T * least(s.sy, s.H) * least(s.sx, s.W);
+  return lists <= MOST_LISTED && border(s, shifts).floats() <= most(FEW_FLOATS, MOST_BORDER * (s.HW + s.UV));
+}
 
 int forward_planes(const widerf_problem *p, const int32_t *shifts, const float *x, const float *w, float *y) {
   const Shape s(p);
-  return depthwise(p) ? forward_depthwise(s, shifts, x, w, y) : forward_dense(s, shifts, x, w, y);
+  return depthwise(p, shifts) ? forward_depthwise(s, shifts, x, w, y) : forward_dense(s, shifts, x, w, y);
 }
 
 int grad_input_planes(const widerf_problem *p, const int32_t *shifts, const float *g, const float *w, float *gx) {
   const Shape s(p);
-  return depthwise(p) ? grad_input_depthwise(s, shifts, g, w, gx) : grad_input_dense(s, shifts, g, w, gx);
+  return depthwise(p, shifts) ? grad_input_depthwise(s, shifts, g, w, gx) : grad_input_dense(s, shifts, g, w, gx);
 }
 
 int grad_weight_planes(const widerf_problem *p, const int32_t *shifts, const float *x, const float *g, float *gw) {
   const Shape s(p);
-  return depthwise(p) ? grad_weight_depthwise(s, shifts, x, g, gw) : grad_weight_dense(s, shifts, x, g, gw);
+  return depthwise(p, shifts) ? grad_weight_depthwise(s, shifts, x, g, gw) : grad_weight_dense(s, shifts, x, g, gw);
 }
 
 int64_t input_floats(const widerf_problem *p) { return p->in_channels * p->height * p->width; }
@@ -67,7 +75,7 @@ void zero(float *to, int64_t floats) {
 
 WIDERF_EXPORT int widerf_forward(const widerf_problem *p, const int32_t *shifts, const float *x, const float *w, float *y) {
   if (empty(p)) return zero(y, p->batch * output_floats(p)), 0;
-  if (!p->channels_last || depthwise(p)) return forward_planes(p, shifts, x, w, y);
+  if (!p->channels_last || depthwise(p, shifts)) return forward_planes(p, shifts, x, w, y);
   return by_slabs(p, x, nullptr, [&](const widerf_problem &part, int64_t b, float *in, float *out) {
     if (forward_planes(&part, shifts, in, w, out)) return 1;
     const Shape s(&part);
@@ -79,7 +87,7 @@ WIDERF_EXPORT int widerf_forward(const widerf_problem *p, const int32_t *shifts,
 WIDERF_EXPORT int widerf_grad_input(const widerf_problem *p, const int32_t *shifts, const float *grad_y, const float *w,
                                     float *grad_x) {
   if (empty(p)) return zero(grad_x, p->batch * input_floats(p)), 0;
-  if (!p->channels_last || depthwise(p)) return grad_input_planes(p, shifts, grad_y, w, grad_x);
+  if (!p->channels_last || depthwise(p, shifts)) return grad_input_planes(p, shifts, grad_y, w, grad_x);
   return by_slabs(p, nullptr, grad_y, [&](const widerf_problem &part, int64_t b, float *in, float *out) {
     if (grad_input_planes(&part, shifts, out, w, in)) return 1;
     const Shape s(&part);
@@ -92,7 +100,7 @@ WIDERF_EXPORT int widerf_grad_weight(const widerf_problem *p, const int32_t *shi
                                      float *grad_w) {
   const int64_t weights = p->groups > 0 ? p->out_channels * (p->in_channels / p->groups) * p->taps : 0;
   if (empty(p)) return zero(grad_w, weights), 0;
-  if (!p->channels_last || depthwise(p)) return grad_weight_planes(p, shifts, x, grad_y, grad_w);
+  if (!p->channels_last || depthwise(p, shifts)) return grad_weight_planes(p, shifts, x, grad_y, grad_w);
   Scratch<float> part_w(weights);
   if (!part_w.data) return 1;
   zero(grad_w, weights);

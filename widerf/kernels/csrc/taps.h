@@ -92,7 +92,7 @@ struct Tile {
   int64_t pixel, count;   // first output pixel; how many there are (fewer than NR at the end)
   int64_t first;          // input offset that the first pixel reads at shift 0
   bool contiguous;        // the pixels read neighbouring inputs
-  int32_t at[NR];         // input offsets from the first
+  int64_t at[NR];         // input offsets from the first
   State *y, *x;           // per distinct shift
   int32_t *mask_y, *mask_x;  // per distinct shift, NR lanes: −1 inside, 0 outside
 };
@@ -152,7 +152,7 @@ inline void make_tile(const Shape &s, const Rows &rows, int64_t pixel, Tile &t) 
     }
     y[i] = (int32_t)(s.sy * u);
     x[i] = (int32_t)(s.sx * v);
-    t.at[i] = (int32_t)(s.sy * u * s.W + s.sx * v - t.first);
+    t.at[i] = s.sy * u * s.W + s.sx * v - t.first;
     t.contiguous = t.contiguous && t.at[i] == i;
     if (++v == s.V) v = 0, u++;
   }
