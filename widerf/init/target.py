@@ -30,7 +30,7 @@ _OFF = "widening it does not widen the network's ERF"
 
 @dataclass(frozen=True)
 class Weighted:
-    """The network's variance as a linear function of its kernels' variances.
+    """The network's variance as a linear function of its kernels' variances: docs/theory.md (4).
 
     Attributes:
         kernels: those whose widening widens the network.
