@@ -57,7 +57,7 @@ def allocate(
         and on each axis of each layer at most the variance of strength ``cap``.
 
     That is docs/theory.md (10). One multiplier λ serves the whole network, docs/theory.md (11):
-    ``v_l(m) ∝ exp(λ w_l |m|²/D)`` where no cap binds. Layers far down, with a large jump, take nearly all of the change.
+    ``v_l(m) ∝ exp(λ w_l |m|²/D)`` where no cap binds. Layers far down, with a large jump, take most of the change.
 
     Args:
         kernel_sizes: taps per axis of each kernel.
