@@ -1,10 +1,14 @@
-# Two commands need nothing but Python >= 3.10, make and pip: `make demo` and `make test`.
+# Two commands need nothing but Python >= 3.11, make and pip: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 # The tests keep one thread per process: two worker processes share two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow check bench docs lint clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench docs lint clean
+
+help:  ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/demo.stamp  ## train a far-pair network under every arm and write a report (about 5 minutes)
 	$(BIN)/python -m experiments.compare far-pair
@@ -15,10 +19,11 @@ test: .venv/dev.stamp  ## the tests, without the slow ones
 test-slow: .venv/dev.stamp  ## the tests that take minutes
 	$(PYTEST) -n 2 -m slow
 
-lint: .venv/dev.stamp
+lint: .venv/dev.stamp  ## style, types, and the rule that imports run downward only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 docs: .venv/dev.stamp  ## build the documentation; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -43,5 +48,5 @@ SOURCES := pyproject.toml setup.py $(wildcard widerf/kernels/csrc/*)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ .venv/demo.stamp
 
-clean:
+clean:  ## remove all that was made, the virtual environment too
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -176,11 +176,7 @@ def test_importing_the_library_does_not_import_triton_nor_need_it() -> None:
 
 
 def test_precision_follows_the_convolutions_of_pytorch() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = True
+    with torch.backends.cudnn.flags(allow_tf32=True):
         assert cuda._precision(torch.float32) == "tf32"
-        torch.backends.cudnn.allow_tf32 = False
+    with torch.backends.cudnn.flags(allow_tf32=False):
         assert cuda._precision(torch.float32) == "ieee"
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

@@ -18,8 +18,9 @@ _BRANCHES = ("identity", "rbr_identity", "skip")
 def silent_branches(model: nn.Module) -> dict[str, float]:
     """Return the scales that silence a branch: name of norm or layer scale → its largest entry.
 
-    A normalisation whose scale is 0 ends a residual branch that ``zero_init_last`` silences; layer scales of 1e-6 are
-    found by the name of their parameter.
+    In docs/theory.md (6) such a branch has a = 0, and nothing done to its kernels shows. A normalisation whose scale is
+    0 ends a residual branch that ``zero_init_last`` silences; layer scales of 1e-6 are found by the name of their
+    parameter.
     """
     found = {}
     for name, module in model.named_modules():

@@ -1,6 +1,6 @@
 r"""The expected energy of a gradient, carried back through a recording.
 
-For y = f(x) with Jacobian J and a gradient g at y whose elements are uncorrelated and of mean zero,
+By docs/theory.md (13), for y = f(x) with Jacobian J and a gradient g at y of uncorrelated elements of mean zero,
 
 .. math:: E[(J^T g)_i^2] = \sum_j J_{ji}^2 \, E[g_j^2],
 

@@ -32,7 +32,7 @@ class ERF:
 
     Attributes:
         map: float64, shape of the input's spatial axes, sums to 1; an element is the share of that pixel in
-            ``A = Σ_channels E[(∂y/∂x)²]``.
+            ``A = Σ_channels E[(∂y/∂x)²]`` (docs/theory.md (1)).
         center: centre of the unit's theoretical receptive field (TRF) per axis; pixel i has its centre at i.
         trf_size: pixels per axis of the TRF; None where a global path lets the unit see the whole image, or the size is
             not known.

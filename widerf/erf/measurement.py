@@ -46,7 +46,7 @@ def measure(
 
     The energy map is ``A(p) = Σ_c E[(∂y/∂x_cp)²]`` (Luo et al. 2016, section 2), y being the unit and c the input's
     channels, summed over the channels of the unit as well. One backward pass per draw is enough: with random signs s
-    over the unit's channels, ``E_s[(∂(Σ_k s_k y_k)/∂x)²] = Σ_k (∂y_k/∂x)²``.
+    over the unit's channels, ``E_s[(∂(Σ_k s_k y_k)/∂x)²] = Σ_k (∂y_k/∂x)²`` (docs/theory.md (1) and (2)).
 
     The model is measured in the mode in which it is (``model.eval()`` first, if that is meant) and comes back
     bit-identical, as does the global random state. In training mode batch normalisation ties all positions of all

@@ -27,8 +27,9 @@ def predict(
     The map is the expected energy of the gradient if the signs of all weights were redrawn: one forward pass on an
     N(0, 1) image is recorded, then the energy goes back from the unit through each operator's squared Jacobian, so that
     weights enter by their squares and activations by their squared derivatives (:mod:`widerf.erf.energy`). For
-    zero-mean weights without non-linearities this is the convolution of the layers' tap profiles (Luo et al. 2016,
-    eq. 8). The model is taken in the mode in which it is, with one image in the batch, and comes back bit-identical.
+    zero-mean weights without non-linearities this is the convolution of the layers' tap profiles (docs/theory.md (3)
+    and (13); Luo et al. 2016, eq. 8). The model is taken in the mode in which it is, with one image in the batch, and
+    comes back bit-identical.
 
     The activations are those of one image: where layer norms make a unit's ERF differ between images, as in ConvNeXt
     (std by 4 %), so does the prediction. Attention and group norms are treated less well than convolutions, see

@@ -32,7 +32,7 @@ _PROBE = 0.5  # strength towards which a layer's part in the network's variance 
 
 @dataclass(frozen=True)
 class Weighted:
-    """The network's variance as a linear function of its kernels' variances.
+    """The network's variance as a linear function of its kernels' variances: docs/theory.md (4).
 
     Attributes:
         kernels: those whose widening widens the network.

@@ -2,7 +2,8 @@
 
 :func:`apply` re-weights the taps of every convolution of a model towards *soft corners*
 (:func:`widerf.profile.soft_corners`): w ← w·√(n·v(m)) for the n taps m of a kernel, then one scalar per tensor that
-restores Σ w². A base initialisation such as He's keeps its gain; only the share of the taps changes.
+restores Σ w² (docs/theory.md (9)). A base initialisation such as He's keeps its gain; only the share of the taps
+changes.
 """
 
 from __future__ import annotations

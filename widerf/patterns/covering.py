@@ -117,8 +117,8 @@ def coverage(list_of_offsets: Sequence[Tensor], jumps: Sequence[int] | None = No
     """Work out which pixels a unit on top of a stack of layers reaches, and with what share of the energy.
 
     Each layer spreads the energy evenly over its pattern groups and their taps, h_l = mean over groups of 1/taps at
-    each tap, and A = h_1 ∗ … ∗ h_n. Sums of positive numbers only: a cell is exactly zero if and only if no path ends
-    there.
+    each tap, and A = h_1 ∗ … ∗ h_n (docs/theory.md (3)). Sums of positive numbers only: a cell is exactly zero if and
+    only if no path ends there.
 
     Args:
         list_of_offsets: offsets (groups, taps, D) of each layer, from the input on; groups count as equally many

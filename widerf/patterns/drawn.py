@@ -36,8 +36,8 @@ def partition(kernel_size: Size, extent: Size, groups: int = 1, generator: Gener
     """Cut the window at random into disjoint sets of k^D taps, one per group.
 
     With ``groups`` a multiple of S^D/k^D every cell is read by the same number of groups, so that the expected ERF at
-    initialisation is that of the dense S^D kernel. Otherwise each cell is read ⌊n⌋ or ⌈n⌉ times, n = groups·k^D/S^D,
-    which is as even as can be; with n < 1 some cells are read by nobody.
+    initialisation is that of the dense S^D kernel (docs/theory.md (12)). Otherwise each cell is read ⌊n⌋ or ⌈n⌉ times,
+    n = groups·k^D/S^D, which is as even as can be; with n < 1 some cells are read by nobody.
 
     Args:
         kernel_size: taps per axis; an integer stands for all axes.

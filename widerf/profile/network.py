@@ -21,7 +21,7 @@ def largest_gain(
     cap: float = 1.0,
     fixed: float = 0.0,
 ) -> float:
-    """Return the largest ratio of network stds, after over before, that profiles alone can reach.
+    """Return the largest ratio of network stds, after over before, that profiles alone can reach: docs/theory.md (5).
 
     Example:
         >>> round(largest_gain([(3, 3)] * 20, [1.0] * 20), 3)
@@ -56,8 +56,8 @@ def allocate(
         minimise  Σ_l KL(v_l ‖ uniform)   subject to   f + Σ_l w_l σ²(v_l) ≥ gain² · (f + Σ_l w_l σ²(uniform_l)),
         and on each axis of each layer at most the variance of strength ``cap``.
 
-    One multiplier λ serves the whole network: ``v_l(m) ∝ exp(λ w_l |m|²/D)`` where no cap binds. Layers far down, with
-    a large jump, take nearly all of the change.
+    That is docs/theory.md (10). One multiplier λ serves the whole network, docs/theory.md (11):
+    ``v_l(m) ∝ exp(λ w_l |m|²/D)`` where no cap binds. Layers far down, with a large jump, take most of the change.
 
     Args:
         kernel_sizes: taps per axis of each kernel.

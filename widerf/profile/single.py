@@ -2,7 +2,7 @@
 
 A *profile* v is the share of a kernel's energy (its second moment) that each tap gets: v ≥ 0, Σ v = 1. The energies of
 stacked layers add up by convolution, so the variance of the effective receptive field is a *linear* function of the
-profiles (Luo et al. 2016, eq. 8, generalised), and "as much variance at the least change" is a convex programme:
+profiles (docs/theory.md (4)), and "as much variance at the least change" is a convex programme:
 
     minimise   Σ_b ω_b KL(v_b ‖ uniform)   over distributions v_b   subject to   Σ_b A_b v_b ≥ t.        (P)
 
@@ -44,7 +44,7 @@ def check_kernel_size(kernel_size: Sequence[int], argument: str = "kernel_size")
 
 
 def uniform_variance(taps: int) -> float:
-    """Return (k² − 1)/12, the variance of k equal taps on an axis (Luo et al. 2016, eq. 11), in taps²."""
+    """Return (k² − 1)/12, the variance of k equal taps on an axis (docs/theory.md (4)), in taps²."""
     return (taps**2 - 1) / 12
 
 
@@ -92,10 +92,10 @@ def soft_corners(kernel_size: Sequence[int], strength: float) -> Tensor:
         maximise  H(v) = −Σ v log v   subject to   Σ v = 1   and, on each axis i,
         Σ v m_i² ≥ (1 − s)·(k_i² − 1)/12 + s·((k_i − 1)/2)²,
 
-    which is the least KL(v ‖ uniform) with that much variance. The constraints see only the axis marginals of v, and
-    H(v) ≤ Σ_i H(v_i) with equality for the product of the marginals alone. So the optimum is the product of D
-    one-dimensional optima, and those are what is solved: v(m) = Π_i exp(β_i m_i²)/Z_i. At k = 3 in two dimensions it is
-    exact: corner (2+s)²/36, edge (2+s)(1−s)/18, centre (1−s)²/9.
+    which is the least KL(v ‖ uniform) with that much variance (docs/theory.md (7)). The constraints see only the axis
+    marginals of v, and H(v) ≤ Σ_i H(v_i) with equality for the product of the marginals alone. So the optimum is the
+    product of D one-dimensional optima, and those are what is solved: v(m) = Π_i exp(β_i m_i²)/Z_i. At k = 3 in two
+    dimensions it is exact: corner (2+s)²/36, edge (2+s)(1−s)/18, centre (1−s)²/9 (docs/theory.md (8)).
 
     Args:
         kernel_size: taps per axis, one to three axes; axes of one or two taps have nothing to gain and stay uniform.
