@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from tests.reference import fingerprint
 from widerf import ERFTracker, measure
-from widerf.erf.tracker import coarse
+from widerf.erf.logs import coarse
 
 
 def network() -> nn.Sequential:
@@ -127,3 +128,48 @@ def test_bad_input_is_named() -> None:
         ERFTracker(network(), layers="0")
     with pytest.raises(ValueError, match="did you mean"):
         ERFTracker(network(), input_size=(2, 9, 9), layers=["33"]).step()
+
+
+def test_a_dead_unit_is_a_row_of_nan_and_training_goes_on(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU())
+    rows: list[dict] = []
+    tracker = ERFTracker(model, every=1, input_size=(2, 9, 9), samples=2, log=rows.append)
+    tracker.step()
+    model[0].bias.data.fill_(-1e9)
+    with pytest.warns(UserWarning, match="cannot be measured"):
+        tracker.step()
+    model[0].weight.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="cannot be measured"):
+        tracker.step()
+    assert [math.isnan(row["std"]) for row in rows] == [False, True, True]
+    assert rows[0]["error"] is None and "dead" in rows[1]["error"] and "finite" in rows[2]["error"]
+    written = ERFTracker(model, every=1, input_size=(2, 9, 9), log=tmp_path / "erf.jsonl")
+    written._known = True
+    with pytest.warns(UserWarning):
+        written.step()
+    assert json.loads((tmp_path / "erf.jsonl").read_text())["std"] is None
+
+
+def test_a_wrong_layer_is_told_at_the_first_measurement() -> None:
+    with pytest.raises(ValueError, match="layer must be"):
+        ERFTracker(network(), input_size=(2, 9, 9), layers=["nowhere"]).step()
+
+
+def test_a_resumed_tracker_goes_on_where_it_was() -> None:
+    whole, first, second = (ERFTracker(network(), every=2, input_size=(2, 9, 9), samples=2) for _ in range(3))
+    for _ in range(5):
+        whole.step()
+    for _ in range(3):
+        first.step()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(2):
+        second.step()
+    assert second.history == whole.history and second.steps == whole.steps
+
+
+def test_other_ranks_neither_measure_nor_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = ERFTracker(network(), every=1, input_size=(2, 9, 9), samples=2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    tracker.step()
+    assert tracker.history == [] and tracker.steps == 1

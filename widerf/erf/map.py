@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from widerf._checks import require, require_known
+from widerf.erf.archive import read_arrays
 from widerf.erf.border import clipped_share
 from widerf.erf.gaussian import GaussianFit, fit_gaussian
 from widerf.erf.jackknife import jackknife_error
@@ -266,9 +267,12 @@ class ERF:
 
     @classmethod
     def load(cls, path: str | Path) -> ERF:
-        """Read an ERF that :meth:`save` wrote as ``.npz``."""
-        with np.load(path, allow_pickle=False) as archive:
-            values: dict[str, Any] = {name: archive[name] for name in archive.files}
+        """Read an ERF that :meth:`save` wrote as ``.npz``.
+
+        Raises:
+            ValueError: if the file is damaged, or if what it holds is no ERF; the message says what is wrong.
+        """
+        values = read_arrays(path, tuple(cls.__dataclass_fields__))
         for name in ("map", "blocks"):
             if name in values:
                 values[name] = torch.from_numpy(values[name])

@@ -1,8 +1,8 @@
-"""The ERF during training: measured every so many steps, written to TensorBoard or to JSON lines."""
+"""The ERF during training: measured every so many steps, written to TensorBoard, to JSON lines, or to any logger."""
 
 from __future__ import annotations
 
-import json
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
+from widerf.erf.logs import FIGURES, open_log
 from widerf.erf.map import ERF
 from widerf.erf.measurement import measure
 from widerf.errors import ClippedWarning
 from widerf.trace.sandbox import untouched
-
-_CELLS = 32  # per axis, of the maps in JSON lines
+from widerf.trace.scene import Scene
 
 
 class ERFTracker:
@@ -25,7 +25,9 @@ class ERFTracker:
 
     Call :meth:`step` once in each training step, let :meth:`attach` do so after each step of an optimizer, or give
     :meth:`lightning` to a Lightning ``Trainer``. Training goes on as if nothing had happened: the model is measured in
-    eval mode and comes back bit-identical, as does the random state.
+    eval mode and comes back bit-identical, as does the random state. What cannot be measured (a dead unit, weights that
+    are not finite) is a row of NaN with an ``error``, and one warning: a monitor must not end a training. Under
+    ``torch.distributed`` only rank 0 measures and writes.
 
     Args:
         model: the model in training.
@@ -35,12 +37,12 @@ class ERFTracker:
         inputs: images for :func:`widerf.measure`, the same each time; by default N(0, 1).
         samples: draws per measurement.
         log: where to write: a path that ends in ``.jsonl``; any other path is a folder for TensorBoard (extra
-            ``widerf[tensorboard]``); an object with ``add_scalar`` and ``add_figure``, such as a ``SummaryWriter``; or
-            None.
+            ``widerf[tensorboard]``); an object with ``add_scalar`` and ``add_figure``, such as a ``SummaryWriter``; a
+            callable that takes one row, a dict; or None.
 
     Attributes:
         history: one dict per measurement and layer: ``step``, ``layer``, ``std``, ``standard_error``, ``size``,
-            ``excess_kurtosis``, ``clipped`` and ``centroid``.
+            ``excess_kurtosis``, ``clipped``, ``centroid`` and ``error``.
         latest: layer → the last ERF.
 
     Raises:
@@ -76,7 +78,8 @@ class ERFTracker:
         self.steps = 0
         self.history: list[dict[str, Any]] = []
         self.latest: dict[str, ERF] = {}
-        self._log = _open(log)
+        self._log = open_log(log)
+        self._known = False  # whether the layers were found once
 
     def step(self) -> None:
         """Count one training step; measure if it is due."""
@@ -85,21 +88,50 @@ class ERFTracker:
         self.steps += 1
 
     def measure(self) -> dict[str, ERF]:
-        """Measure now, write it down, and return layer → ERF."""
-        names = {module: name for name, module in self.model.named_modules()}
+        """Measure now, write it down, and return layer → ERF of those that could be measured.
+
+        Raises:
+            ValueError: at the first measurement, if a layer is not one of the model's or ``input_size`` is refused.
+        """
+        if not _is_first_rank():
+            return {}
+        model = _unwrapped(self.model)
+        if not self._known:
+            for layer in self.layers:
+                Scene.of(model, self.input_size, layer)
+            self._known = True
+        names = {module: name for name, module in model.named_modules()}
         for layer in self.layers:
             name = "" if layer is None else layer if isinstance(layer, str) else names.get(layer, "?")
-            with untouched(self.model), warnings.catch_warnings():
-                # The share goes into each row; a warning at every step would drown it.
-                warnings.simplefilter("ignore", ClippedWarning)
-                self.model.eval()
-                erf = measure(self.model, self.input_size, layer=layer, inputs=self.inputs, samples=self.samples)
-            row = {"step": self.steps, "layer": name, **_scalars(erf)}
+            erf, error = self._look(model, layer)
+            row = {"step": self.steps, "layer": name, **_scalars(erf), "error": error}
             self.history.append(row)
-            self.latest[name] = erf
+            if erf is None:
+                self.latest.pop(name, None)
+                warnings.warn(f"the ERF of layer {name!r} cannot be measured: {error}", stacklevel=3)
+            else:
+                self.latest[name] = erf
             if self._log is not None:
                 self._log.write(row, erf)
         return dict(self.latest)
+
+    def _look(self, model: nn.Module, layer: str | nn.Module | None) -> tuple[ERF | None, str | None]:
+        try:
+            with untouched(model), warnings.catch_warnings():
+                # The share goes into each row; a warning at every step would drown it.
+                warnings.simplefilter("ignore", ClippedWarning)
+                model.eval()
+                return measure(model, self.input_size, layer=layer, inputs=self.inputs, samples=self.samples), None
+        except Exception as error:  # whatever it is: the training goes on
+            return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on where this one was: the steps and the history."""
+        return {"steps": self.steps, "history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.steps, self.history = int(state["steps"]), [dict(row) for row in state["history"]]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call :meth:`step` after each step of ``optimizer``; ``remove()`` on what is returned ends it."""
@@ -107,6 +139,9 @@ class ERFTracker:
 
     def lightning(self) -> Any:
         """Return a Lightning callback that calls :meth:`step` at the end of each training batch.
+
+        Its state travels with Lightning's checkpoints. What is measured goes to the trainer's own loggers, too, as
+        ``erf/LAYER/std`` and so on.
 
         Raises:
             ModuleNotFoundError: without Lightning (extra ``widerf[lightning]``).
@@ -116,13 +151,40 @@ class ERFTracker:
         tracker = self
 
         class ERFCallback(Callback):  # type: ignore[misc]
-            def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+                known = len(tracker.history)
                 tracker.step()
+                for row in tracker.history[known:]:
+                    for logger in trainer.loggers:
+                        logger.log_metrics(_metrics(row), step=row["step"])
+
+            def state_dict(self) -> dict[str, Any]:
+                return tracker.state_dict()
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                tracker.load_state_dict(state_dict)
 
         return ERFCallback()
 
 
-def _scalars(erf: ERF) -> dict[str, Any]:
+def _is_first_rank() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within DistributedDataParallel, whose forward pass waits for the other ranks."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    tag = f"erf/{row['layer']}".rstrip("/")
+    return {f"{tag}/{name}": row[name] for name in FIGURES}
+
+
+def _scalars(erf: ERF | None) -> dict[str, Any]:
+    if erf is None:
+        return {**dict.fromkeys(FIGURES, math.nan), "standard_error": None, "centroid": None}
     several = erf.blocks is not None and len(erf.blocks) > 1
     return {
         "std": erf.std,
@@ -132,62 +194,3 @@ def _scalars(erf: ERF) -> dict[str, Any]:
         "clipped": erf.clipped,
         "centroid": list(erf.centroid),
     }
-
-
-def _open(log: Any) -> _JSONLines | _TensorBoard | None:
-    if log is None:
-        return None
-    if isinstance(log, str | Path):
-        return _JSONLines(Path(log)) if Path(log).suffix == ".jsonl" else _TensorBoard(_summary_writer(Path(log)))
-    able = hasattr(log, "add_scalar") and hasattr(log, "add_figure")
-    require(able, "log", "be a path, a SummaryWriter or None", log, TypeError)
-    return _TensorBoard(log)
-
-
-def _summary_writer(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder)
-
-
-class _JSONLines:
-    """One line per measurement: the scalars, and the map summed over cells so that a line stays short."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-
-    def write(self, row: dict[str, Any], erf: ERF) -> None:
-        cells = coarse(erf.map)
-        line = {**row, "map": [float(f"{share:.4g}") for share in cells.flatten()], "map_shape": list(cells.shape)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
-
-    def write(self, row: dict[str, Any], erf: ERF) -> None:
-        from widerf.erf import plot
-
-        tag = f"erf/{row['layer']}".rstrip("/")
-        for name in ("std", "size", "excess_kurtosis", "clipped"):
-            self.writer.add_scalar(f"{tag}/{name}", row[name], row["step"])
-        self.writer.add_figure(f"{tag}/map", plot.figure(erf), row["step"])
-        self.writer.flush()
-
-
-def coarse(share: Tensor, cells: int = _CELLS) -> Tensor:
-    """Sum a map over cells of equal extent, at most ``cells`` per axis; the total stays.
-
-    Example:
-        >>> coarse(torch.ones(5), 2).tolist()
-        [3.0, 2.0]
-    """
-    for axis, n in enumerate(share.shape):
-        side = -(-n // cells)
-        index = torch.arange(n) // side
-        shape = [*share.shape[:axis], int(index[-1]) + 1, *share.shape[axis + 1 :]]
-        share = torch.zeros(shape, dtype=share.dtype).index_add_(axis, index, share)
-    return share

@@ -19,11 +19,20 @@ _BY_VERDICT = {
     "empty_periphery": "have an empty periphery, as Dirac or delta-orthogonal kernels do; base= draws them anew",
     "zero": "hold only zeros",
     "not_finite": "hold NaN or infinity",
+    "overflow": "would leave the range of half precision; widen in float32, then convert",
     "emptied": "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
     "parametrised": "are parametrised in a way that does not keep a profile",
     "unknown_weight": "compute their weight in a way that widerf does not know",
     "frozen": "are frozen and were left alone; name them in only= to change them",
 }
+
+
+def _has_seen_data(module: nn.Module) -> bool:
+    """Return whether a normalisation's running statistics have moved from 0 and 1."""
+    mean, variance = (module._buffers.get(f"running_{name}") for name in ("mean", "var"))
+    if mean is None or variance is None or mean.is_meta:
+        return False
+    return bool((mean != 0).any()) or bool((variance != 1).any())
 
 
 def of_scale(largest: float) -> str:
@@ -51,6 +60,12 @@ def warnings_of(model: nn.Module, steps: Sequence[Change], rows: Sequence[LayerC
             f"residual branches are silent at initialisation: {listed(list(silent))} {of_scale(max(silent.values()))}. "
             "What is widened inside them does not move the network's ERF until training wakes them "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
+        )
+    trained = [name for name, module in model.named_modules() if _has_seen_data(module)] if chosen else []
+    if trained:
+        yield (
+            f"the network has been trained ({listed(trained)}: running statistics have moved): what it learnt is "
+            "re-weighted, too. Widen before training, or fine-tune afterwards."
         )
     for code, said in _BY_VERDICT.items():
         names = [row.name for row in rows if row.verdict.code == code]

@@ -10,7 +10,7 @@ from torch import Tensor
 from widerf.convolutions.convolution import Kernel
 from widerf.init.draws import Base
 from widerf.init.verdict import FROZEN, NOT_SELECTED, WIDENED, tied, unknown_weight
-from widerf.init.weights import Held, hold, is_frozen, without_values
+from widerf.init.weights import Held, hold, is_frozen, unchangeable
 from widerf.profile.single import solve_axes
 from widerf.report import Verdict
 
@@ -41,7 +41,7 @@ class Change:
     def refusal(self) -> str | None:
         """Why the change cannot be made now, though it should."""
         due = self.held is not None and (self.shape is not None or self.drawn)
-        return without_values(self.held) if due and self.held is not None else None
+        return unchangeable(self.held) if due and self.held is not None else None
 
 
 def solve_ahead(kernels: Sequence[Kernel], strength: float) -> None:

@@ -19,13 +19,13 @@ from widerf.init.verdict import (
     BY_AN_EARLIER_CALL,
     EMPTY_PERIPHERY,
     NOT_FINITE,
+    OVERFLOW,
     ZERO,
     parametrised,
 )
-from widerf.init.weights import Backup, Experts, Held, without_values
+from widerf.init.weights import MARK, Backup, Experts, Held, unchangeable
 from widerf.report import Verdict
 
-MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it
 _UNCHANGED = 1e-3  # relative change of a tap's energy up to which a weight counts as left as it was
 _ALREADY_WIDE = 0.15  # strength that fresh weights show by chance at most (and 5 standard errors)
 
@@ -35,7 +35,7 @@ def execute(step: Change, base: Base, generator: Generator | None, dry_run: bool
     """Make one planned change, or in a dry run only tell what it would give."""
     kernel, held = step.kernel, step.held
     row = LayerChange(kernel.name, kernel.kind, kernel.kernel_size, None, None, None, None, step.verdict)
-    if held is None or without_values(held) is not None:
+    if held is None or unchangeable(held) is not None:
         return row
     if math.prod(kernel.kernel_size) == 1 and not step.drawn:
         return replace(row, std_before=0.0, std_after=0.0)  # a 1×1 kernel need not be read to know that
@@ -121,10 +121,17 @@ def _note_wide(step: Change, energies: Tensor, weights: int) -> None:
         step.remarks["wide"] = f"{place:.2g}"
 
 
+def _overflows(kernel: Kernel, weight: Tensor, factors: Tensor) -> bool:
+    """Return whether a half-precision weight would leave its range."""
+    return float(kernel.scale_(weight.float().clone(), factors).abs().max()) > torch.finfo(weight.dtype).max
+
+
 def _write(step: Change, held: Held, factors: Tensor, wanted: Tensor) -> tuple[Tensor | None, Verdict]:
     """Scale the taps; where the weight is computed from others, see whether that held and undo it if not."""
     kernel, verdict = step.kernel, step.verdict
     coarse = held.read().dtype in (torch.float16, torch.bfloat16)
+    if coarse and _overflows(kernel, held.read(), factors):
+        return None, OVERFLOW
     if type(held) in (Held, Experts):
         held.scale_(factors)
         got = kernel.energies(held.read()) if coarse else wanted

@@ -8,6 +8,7 @@ WIDENED = Verdict("widened", "widened")
 NOT_SELECTED = Verdict("not_selected", "not selected")
 FROZEN = Verdict("frozen", "frozen (requires_grad is False): name it in only= to change it")
 NOT_FINITE = Verdict("not_finite", "left alone: its weights are not finite")
+OVERFLOW = Verdict("overflow", "left alone: its outer taps would leave the range of its half-precision type")
 ZERO = Verdict("zero", "left alone: all its weights are zero")
 AT_STRENGTH_ONE = Verdict("emptied", "left alone: at strength 1 already; only base= can fill its empty taps again")
 EMPTY_PERIPHERY = Verdict(

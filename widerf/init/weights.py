@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from widerf.convolutions.convolution import Kernel
 
+MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it
 _POWER_ITERATIONS = 30  # spectral normalisation after a change; its estimate starts from the one before
 _STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 
@@ -280,13 +281,15 @@ def hold(kernel: Kernel) -> Held | str:
     return Experts(kernel) if "CondConv2d" in names else Held(kernel)
 
 
-def without_values(held: Held) -> str | None:
+def unchangeable(held: Held) -> str | None:
     """Return why the weight cannot be changed now, or ``None``."""
     for source in held.sources():
         if isinstance(source, UninitializedParameter):
             return "lazy, without a weight yet: run one forward pass first"
         if source.is_meta:
             return "on the meta device, without values: materialise it first"
+        if any(n > 1 and step == 0 for n, step in zip(source.shape, source.stride(), strict=True)):
+            return "an expanded tensor, whose elements share memory: clone it first"
     return None
 
 
@@ -302,9 +305,13 @@ class Backup:
         self.tensors = [(source, source.data, source.detach().clone()) for source in held.sources()]
         buffers = [b for b in nn.Module.buffers(held.module) if b is not None]
         self.tensors += [(buffer, buffer.data, buffer.detach().clone()) for buffer in buffers]
+        self.held, self.mark = held, vars(held.module).get(MARK)
 
     def undo(self) -> None:
         """Write the copies back into the tensors they came from."""
         for tensor, data, value in self.tensors:
             data.copy_(value)
             tensor.data = data
+        vars(self.held.module).pop(MARK, None)
+        if self.mark is not None:
+            setattr(self.held.module, MARK, self.mark)

@@ -30,7 +30,7 @@ from widerf.init.plan import Change, plan, solve_ahead
 from widerf.init.report import InitReport, LayerChange
 from widerf.init.rescale import execute, factors_for
 from widerf.init.target import Shapes, shapes_for
-from widerf.init.weights import Backup
+from widerf.init.weights import Backup, unchangeable
 from widerf.profile.single import check_strength
 from widerf.trace.sandbox import untouched
 
@@ -176,10 +176,11 @@ def _signal_kept(steps: Sequence[Change], rows: Sequence[LayerChange], places: M
 
 
 def _change(steps: Sequence[Change], base: Base, generator: Generator | None, dry_run: bool) -> list[LayerChange]:
-    """Make all changes; if the user's own ``base`` fails on the way, undo those made."""
-    if not callable(base) or dry_run:
+    """Make all changes, or none: what goes wrong on the way, an interrupt too, undoes those made."""
+    if dry_run:
         return [execute(step, base, generator, dry_run) for step in steps]
-    backups = [Backup(step.held) for step in steps if step.held is not None and step.drawn]
+    due = [step.held for step in steps if step.held is not None and (step.drawn or step.shape is not None)]
+    backups = [Backup(held) for held in due if unchangeable(held) is None]
     try:
         return [execute(step, base, generator, dry_run) for step in steps]
     except BaseException:

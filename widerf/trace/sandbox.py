@@ -35,13 +35,20 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
         >>> model.running_mean.tolist(), model.num_batches_tracked.item()
         ([0.0, 0.0], 0)
     """
-    restore_random = _random_states()
-    undo = _snapshot(model)
+    steps = [_snapshot(model), _random_states()]
+
+    def restore() -> None:
+        while steps:  # a step is struck off when it is done: what an interrupt breaks off is begun again
+            steps[-1]()
+            steps.pop()
+
     try:
-        yield model
+        try:
+            yield model
+        finally:
+            restore()
     finally:
-        undo()
-        restore_random()
+        restore()
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
