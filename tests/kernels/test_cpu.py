@@ -23,7 +23,17 @@ SOURCES = Path(cpu.__file__).parent / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-pthread", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma"]
-BUILDS = {"plain": ("plain", []), "avx2": ("avx2", AVX2), "wide": ("avx512", AVX2)}  # name: source, flags
+AVX512 = ["-mavx512f", *AVX2]
+# name: source, flags
+BUILDS = {"plain": ("plain", []), "avx2": ("avx2", AVX2), "wide": ("avx512", AVX2), "avx512": ("avx512", AVX512)}
+
+
+def skip_unless_runnable(name: str) -> None:
+    """Skip the test if this processor lacks what the build needs."""
+    if {"plain": "plain", "avx512": "avx512"}.get(name, "avx2") not in cpu.runnable():
+        pytest.skip(f"this processor has {cpu.runnable()} only")
+
+
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 
 
@@ -134,8 +144,7 @@ def kernels(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     name: str = request.param
-    if name != "plain" and "avx2" not in cpu.runnable():
-        pytest.skip(f"this processor has {cpu.runnable()} only")
+    skip_unless_runnable(name)
     library = built(name, tmp_path_factory.getbasetemp())
     monkeypatch.setattr(cpu, "library", lambda: library)
     return name
@@ -274,8 +283,7 @@ def test_avx512_code_compiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(name: str, sanitizers: str, tmp_path: Path) -> None:
-    if name != "plain" and "avx2" not in cpu.runnable():
-        pytest.skip(f"this processor has {cpu.runnable()} only")
+    skip_unless_runnable(name)
     source, flags = BUILDS[name]
     program = tmp_path / "driver"
     options = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g", "-pthread", "-Wno-psabi"]

@@ -199,6 +199,7 @@ def test_layers_are_built_and_called_with_fake_tensors(sparse: Any, plain: Any, 
         assert layer(x).shape == twin(x).shape
         layer(x).sum().backward()
         assert layer.weight.grad.shape == layer.weight.shape
+        layer.load_state_dict(layer.state_dict())
     assert torch.equal(torch.get_rng_state(), state)
 
 

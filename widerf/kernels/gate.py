@@ -29,7 +29,7 @@ def allocated(t: Tensor) -> bool:
 
     Example:
         >>> x = torch.ones(2)
-        >>> x.untyped_storage().resize_(0)
+        >>> _ = x.untyped_storage().resize_(0)
         >>> allocated(x)
         False
     """

@@ -90,11 +90,11 @@ def _why_no_plan(parts: Any) -> str | None:
     runs, repeats, stride, before, after, groups = parts
     rank = len(stride) if isinstance(stride, list) else 0
     if rank not in (1, 2, 3) or not _integers(stride, rank, 1):
-        return "have as stride one, two or three positive integers"
+        return f"have as stride one, two or three positive integers, not {stride!r}"
     if not (_integers(before, rank, 0) and _integers(after, rank, 0)):
-        return f"have as before and after {rank} integers each, not negative"
+        return f"have as before and after {rank} integers each, not negative, not {before!r} and {after!r}"
     if not _integers([repeats, groups], 2, 1):
-        return "have positive integers as repeats and groups"
+        return f"have positive integers as repeats and groups, not {repeats!r} and {groups!r}"
     if not isinstance(runs, list) or not runs or not isinstance(runs[0], list) or len(runs[0]) != 3:
         return "have runs [start, stop, shifts]"
     taps, start = len(runs[0][2]) if isinstance(runs[0][2], list) else 0, 0
@@ -102,7 +102,11 @@ def _why_no_plan(parts: Any) -> str | None:
         if taps < 1 or not _is_run(run, start, taps, rank):
             return f"have runs that begin where the one before ends, of equally many shifts of {rank} integers"
         start = run[1]
-    return None if start * repeats % groups == 0 else "have groups that divide its channels"
+    return (
+        None
+        if start * repeats % groups == 0
+        else f"have groups that divide its {start * repeats} channels, not {groups}"
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -65,6 +65,7 @@ class KeepsOffsets(_ConvNd):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._hash = hash(self._taps)  # of this process
+        self._layout()
 
     def _frame(self) -> Frame:
         sizes = (self.in_channels, self.kernel_size, self.stride)
@@ -125,6 +126,7 @@ class KeepsOffsets(_ConvNd):
             return
         check_pattern(values, self.kernel_size, self.extent, self.in_channels)
         self._taps, self._hash, self._planned = taps, hash(taps), None
+        self._layout()
 
     def _was_averaged(self, taps: Taps) -> bool:
         witness = following.read_members(self._witness)
@@ -178,18 +180,21 @@ class KeepsOffsets(_ConvNd):
             state_dict[key] = self._remembered()
         else:
             try:
-                check_pattern(state_dict[key], self.kernel_size, self.extent, self.in_channels)
+                if not isinstance(state_dict[key], Tensor) or following.read_members(state_dict[key]) is not None:
+                    check_pattern(state_dict[key], self.kernel_size, self.extent, self.in_channels)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{key}: {error}")
                 state_dict[key] = self._remembered()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not self.offsets.is_meta:
-            self._taps = read_taps(self.offsets)
+        found = following.read_members(self.offsets)
+        if found is not None:
+            self._taps = read_taps(found[0])
             self._hash = hash(self._taps)
             self._swear_in()
             self._forget()
+            self._layout()  # here, so that a compiler finds it done
 
 
 def _follow(layer: KeepsOffsets) -> None:

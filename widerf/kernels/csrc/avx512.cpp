@@ -1,3 +1,3 @@
-// The kernels for AVX-512F (compiled and, with AVX2 flags, tested; never run on AVX-512).
+// The kernels for AVX-512F (tested at its own width where the processor has it, and with AVX2's flags elsewhere).
 #define WIDERF_VECTOR_BYTES 64
 #include "sparse_conv_impl.h"
