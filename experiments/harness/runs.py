@@ -24,8 +24,8 @@ Record = dict[str, Any]
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a kill leaves the old file or the new one, never half of one.
 
-    The part has a name of its own, so that two writers of one file do not tear each other's, and is on the disk before it
-    takes its place.
+    The part has a name of its own, so that two writers of one file do not tear each other's, and is on the disk before
+    it takes its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
