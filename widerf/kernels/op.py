@@ -28,6 +28,14 @@ _TAGS = (
 )
 
 
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Asked as it stands, the compiler of torch 2.11 answers yes whatever it compiles for.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def watched(*tensors: Tensor) -> bool:
     """Whether somebody follows the operators one by one: an exporter, a tracer, a counter of operations, a transform.
 
@@ -35,8 +43,7 @@ def watched(*tensors: Tensor) -> bool:
     where widerf is not installed.
     """
     if torch.compiler.is_dynamo_compiling():
-        exporting: Any = getattr(torch.compiler, "is_exporting", None)
-        return exporting is None or bool(exporting())
+        return _exporting()
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
