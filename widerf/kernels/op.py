@@ -28,12 +28,13 @@ _TAGS = (
 )
 
 
-def _exporting() -> bool:
-    return torch.compiler.is_exporting()
+def _opened() -> bool:
+    """Whether what a compiler compiles is to hold stock operators: it exports, or `torch.func` transforms it."""
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
-# Asked as it stands, the compiler of torch 2.11 answers yes whatever it compiles for.
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Asked within what it compiles, torch 2.11 answers that it exports, whatever it does.
+_opened._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def watched(*tensors: Tensor) -> bool:
@@ -43,7 +44,7 @@ def watched(*tensors: Tensor) -> bool:
     where widerf is not installed.
     """
     if torch.compiler.is_dynamo_compiling():
-        return _exporting()
+        return _opened()
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
