@@ -20,7 +20,7 @@ ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torc
 TENSOR_CORES = 2e-3  # float32 on CUDA may be multiplied in TF32
 LAYERS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "wide": {"extent": 9, "in_channels": 32, "out_channels": 48},
+    "wide": {"extent": 7, "in_channels": 16, "out_channels": 24},
     "grouped": {"groups": 2, "extent": 5},
     "depthwise": {"groups": 8, "out_channels": 8, "extent": 7},
     "strided": {"stride": 2, "extent": 7},

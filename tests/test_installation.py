@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import widerf
 from widerf.kernels import STOCK, cpu
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,8 @@ def installed(what: Path, folder: Path) -> str:
     pip = (programs / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", what)
     run(*pip, cwd=folder, path=str(programs))
     where, computes = run(programs / "python", "-c", USE, cwd=folder, path=str(programs)).splitlines()
+    told = run(programs / "widerf", "--help", cwd=folder, path=str(programs))
+    assert all(command in told for command in ("erf", "init", "convert"))
     assert Path(where).is_relative_to(folder)
     return computes
 
@@ -77,6 +80,7 @@ def test_a_wheel_works_where_there_is_no_compiler(sources: Path, tmp_path: Path)
     pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sources)
     run(*pip, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.split("-")[1] == widerf.__version__
     libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     assert {Path(name).name.split(".")[0] for name in libraries} >= {f"_{name}" for name in cpu.runnable()}
     assert installed(wheel, tmp_path) == f"C++ for {cpu.runnable()[0]}"

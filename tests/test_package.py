@@ -1,12 +1,16 @@
 """The package as a whole: its names, and what importing it costs."""
 
+import configparser
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import widerf
 
+ROOT = Path(__file__).parents[1]
 HEAVY = (
     "torch._dynamo",
     "cvxpy",
@@ -50,3 +54,39 @@ def test_a_function_is_not_hidden_by_the_module_that_holds_it() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'mesure'"):
         _ = widerf.mesure
+
+
+# ── the house
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rooms() -> list[str]:
+    """Everything in `widerf/` that is imported, packages and modules."""
+    entries = [path for path in (ROOT / "widerf").iterdir() if path.name != "__pycache__"]
+    return sorted(path.stem for path in entries if path.suffix in ("", ".py") and path.stem != "__init__")
+
+
+def layers() -> list[str]:
+    """The rooms as import-linter has them, from the top; one in brackets need not be there."""
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter", encoding="utf-8")
+    return re.findall(r"\w+|\(\w+\)", contracts["importlinter:contract:layers"]["layers"])
+
+
+def test_the_house_has_at_most_19_entries() -> None:
+    entries = [path.name for path in (ROOT / "widerf").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 19, sorted(entries)
+
+
+def test_every_room_has_its_layer_and_its_sentence() -> None:
+    told = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(told) == rooms()
+    there = [layer.strip("()") for layer in layers() if layer.strip("()") in told]
+    assert there == told
+    assert {layer for layer in layers() if "(" not in layer} <= set(told)
+
+
+def test_every_room_that_is_a_folder_has_tests_in_a_folder_of_its_name() -> None:
+    folders = [name for name in rooms() if (ROOT / "widerf" / name).is_dir()]
+    assert len(folders) > 5
+    assert [name for name in folders if not [*(ROOT / "tests" / name).rglob("test_*.py")]] == []

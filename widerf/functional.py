@@ -146,6 +146,14 @@ def output_size(
     return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True))
 
 
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# The compiler of torch 2.11 cannot look inside: it asks once and keeps the answer.
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _autocast(x: Tensor) -> Tensor:
     """Cast as autocast does for convolutions; it leaves double precision alone."""
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
@@ -167,7 +175,7 @@ def apply_layout(
     plan = layout.whole
     _check_shapes(x, weight, bias, layout)
     rank, device = weight.dim() - 2, x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _knows_autocast(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)

@@ -28,6 +28,15 @@ _TAGS = (
 )
 
 
+def _opened() -> bool:
+    """Whether what a compiler compiles is to hold stock operators: it exports, or `torch.func` transforms it."""
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+
+
+# Asked within what it compiles, torch 2.11 answers that it exports, whatever it does.
+_opened._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def watched(*tensors: Tensor) -> bool:
     """Whether somebody follows the operators one by one: an exporter, a tracer, a counter of operations, a transform.
 
@@ -35,8 +44,7 @@ def watched(*tensors: Tensor) -> bool:
     where widerf is not installed.
     """
     if torch.compiler.is_dynamo_compiling():
-        exporting: Any = getattr(torch.compiler, "is_exporting", None)
-        return exporting is None or bool(exporting())
+        return _opened()
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None

@@ -50,13 +50,13 @@ def slopes(calls: Sequence[Call], inputs: Inputs, last: int) -> list[Tensor | No
 
 
 RULE = Rule("pointwise", _boxes, None, jump=in_place, joins=True)
-# Operators that torch itself marks as such (torch.Tag.pointwise) need not be listed.
+# Operators that torch itself marks as such (torch.Tag.pointwise) need not be listed; torch 2.11 leaves some out.
 NAMES = joined(
     [
         named(
             RULE,
             "hardswish _prelu_kernel masked_fill clamp clamp_min clamp_max hardtanh elu mish log_sigmoid_forward "
-            "max.other min.other",
+            "leaky_relu celu selu hardsigmoid max.other min.other",
         ),
         named(Rule("pointwise", by(_chosen), None, jump=in_place, joins=True), "where"),
     ]
