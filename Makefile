@@ -1,4 +1,4 @@
-# Two commands need nothing but Python >= 3.11, make and pip: `make demo` and `make test`.
+# Two commands need nothing but Python >= 3.10, make and pip: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 # The tests keep one thread per process: two worker processes share two cores.
