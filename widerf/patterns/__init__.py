@@ -11,19 +11,31 @@ weights of a plain convolution carry over.
 """
 
 from widerf.patterns.covering import Coverage, coverage
+from widerf.patterns.defaults import default_pattern
 from widerf.patterns.designed import multiscale, rings, stratified
-from widerf.patterns.drawn import centered, gaussian, grid, mixed, partition, random
-from widerf.patterns.named import NAMED, natural_groups
+from widerf.patterns.drawn import centered, dense, gaussian, grid, halfgrid, mixed, partition, random
+from widerf.patterns.fovea import foveal
+from widerf.patterns.named import HALVES, NAMED, Mixture, check_named, describe, draw, kinds, natural_groups
 from widerf.patterns.taps import dense_taps, match_dense, window
 
 __all__ = [
+    "HALVES",
     "NAMED",
     "Coverage",
+    "Mixture",
     "centered",
+    "check_named",
     "coverage",
+    "default_pattern",
+    "dense",
     "dense_taps",
+    "describe",
+    "draw",
+    "foveal",
     "gaussian",
     "grid",
+    "halfgrid",
+    "kinds",
     "match_dense",
     "mixed",
     "multiscale",

@@ -10,7 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from widerf._checks import require
-from widerf.patterns.taps import Size, dense_taps, match_dense, require_groups, sizes, window
+from widerf.geometry import ntuple
+from widerf.patterns.taps import Size, coprime, dense_taps, match_dense, nearest_free, require_groups, sizes, window
 
 
 def stratified(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
@@ -51,32 +52,35 @@ def spacings(kernel_size: Sequence[int], extent: Sequence[int]) -> list[int]:
     return sorted(steps | {widest})
 
 
-def multiscale(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+def multiscale(
+    kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None, *, stride: Size = 1
+) -> Tensor:
     """Every group has a grid of its own spacing, from the dense kernel to the widest that the window holds.
 
-    The spacings (`spacings`) are dealt out evenly; several dilations in one layer take each other's aliases away.
-    Nothing is drawn.
+    The spacings (`spacings`) are dealt out evenly; several dilations in one layer take each other's aliases away, as
+    in PSConv (Li, Yao & Chen, ECCV 2020). Nothing is drawn.
 
-    Arguments and result as in `widerf.patterns.partition`.
+    Arguments and result as in `widerf.patterns.grid`.
 
     Example:
         >>> multiscale((3,), (9,), groups=3).squeeze(-1).tolist()
         [[-1, 0, 1], [-3, 0, 3], [-4, 0, 4]]
+        >>> multiscale((3,), (9,), groups=2, stride=2).squeeze(-1).tolist()
+        [[-1, 0, 1], [-3, 0, 3]]
     """
     k, s = sizes(kernel_size, extent)
     require_groups(groups)
-    steps = spacings(k, s)
+    steps, strides = spacings(k, s), ntuple(stride, len(k), "stride")
+    most = [(a - 1) // (b - 1) if b > 1 else 1 for a, b in zip(s, k, strict=True)]
+    scales = [tuple(coprime(min(d, m), step) for m, step in zip(most, strides, strict=True)) for d in steps]
+    scales = list(dict.fromkeys(scales))
     low, high = window(k, s)[0], window(k, s)[-1]
     rows = []
     for g in range(groups):
-        share = g / (groups - 1) * (len(steps) - 1) if 1 < groups < len(steps) else g * len(steps) // groups
-        d = steps[round(share)] if groups > 1 else steps[-1]
-        apart = torch.tensor([min(d, (a - 1) // (b - 1)) if b > 1 else 1 for a, b in zip(s, k, strict=True)])
-        row = dense_taps(k) * apart
-        row = (
-            row - (row - high).clamp(min=0).amax(0) + (low - row).clamp(min=0).amax(0)
-        )  # even kernels: back into the window
-        rows.append(row)
+        share = g / (groups - 1) * (len(scales) - 1) if 1 < groups < len(scales) else g * len(scales) // groups
+        row = dense_taps(k) * torch.tensor(scales[round(share)] if groups > 1 else scales[-1])
+        # even kernels: back into the window
+        rows.append(row - (row - high).clamp(min=0).amax(0) + (low - row).clamp(min=0).amax(0))
     return torch.stack(rows)
 
 
@@ -108,13 +112,6 @@ def rings(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator
         radius = torch.minimum(most, 1 + (most - 1) * share) if groups > 1 else most
         turn = float(torch.rand((), generator=generator, dtype=torch.float64))
         angle = (torch.arange(around, dtype=torch.float64) + turn) * (2 * math.pi / max(1, around))
-        wanted = torch.stack([angle.sin() * radius[0], angle.cos() * radius[1]], dim=1) + middle
-        free = torch.ones(len(cells), dtype=torch.bool)
-        row = []
-        for place in torch.cat([middle[None], wanted]):
-            distance = (cells - place).square().sum(1).masked_fill(~free, math.inf)
-            best = int(distance.argmin())
-            free[best] = False
-            row.append(cells[best])
-        rows.append(torch.stack(row))
+        circle = torch.stack([angle.sin() * radius[0], angle.cos() * radius[1]], dim=1) + middle
+        rows.append(nearest_free(cells, torch.cat([middle[None], circle])))
     return match_dense(torch.stack(rows), k)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
-from widerf.geometry import tap_coordinates
-from widerf.patterns.taps import dense_taps, match_dense, require_groups, sizes, window
+from widerf.geometry import ntuple, tap_coordinates
+from widerf.patterns.taps import Size, dense_taps, match_dense, require_groups, sizes, widest_spacing, window
 
-Size = int | Sequence[int]
 Pattern = Callable[..., Tensor]
 
 
@@ -134,19 +133,58 @@ def random(kernel_size: Size, extent: Size, groups: int = 1, generator: Generato
     return match_dense(cells[_draw(torch.ones(len(cells)), math.prod(k), groups, generator)], k)
 
 
-def grid(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+def grid(
+    kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None, *, stride: Size = 1
+) -> Tensor:
     """The dilated kernel: every group reads the same grid, of the widest spacing d with d·(k − 1) + 1 ≤ S.
 
-    Nothing is drawn. A stack of these aliases: `coverage` tells. Arguments and result as in `partition`.
+    The spacing shares no factor with ``stride``, that of the layer: otherwise the grid would read 1/gcd(d, stride)² of
+    the map only. Nothing is drawn. A stack of these aliases: `coverage` tells.
+
+    Other arguments and result as in `partition`.
 
     Example:
-        >>> grid((3,), (7,)).flatten().tolist()
-        [-3, 0, 3]
+        >>> grid((3,), (9,)).flatten().tolist(), grid((3,), (9,), stride=2).flatten().tolist()
+        ([-4, 0, 4], [-3, 0, 3])
     """
     k, s = sizes(kernel_size, extent)
     require_groups(groups)
     first = window(k, s)[0]
-    spacing = [(a - 1) // (b - 1) if b > 1 else 1 for a, b in zip(s, k, strict=True)]
+    spacing = widest_spacing(k, s, ntuple(stride, len(k), "stride"))
     start = [(a - 1 - d * (b - 1)) // 2 for a, b, d in zip(s, k, spacing, strict=True)]
     axes = [[int(f) + o + d * t for t in range(b)] for f, o, d, b in zip(first, start, spacing, k, strict=True)]
     return torch.tensor(list(itertools.product(*axes)), dtype=torch.int64).repeat(groups, 1, 1)
+
+
+def dense(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:
+    """The plain kernel, whatever the window: the local part of a mixture. Nothing is drawn.
+
+    Arguments and result as in `partition`.
+
+    Example:
+        >>> dense((3,), (9,), groups=2).squeeze(-1).tolist()
+        [[-1, 0, 1], [-1, 0, 1]]
+    """
+    k, _ = sizes(kernel_size, extent)
+    require_groups(groups)
+    return dense_taps(k).repeat(groups, 1, 1)
+
+
+def halfgrid(
+    kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None, *, stride: Size = 1
+) -> Tensor:
+    """The first half of the groups keep the dense kernel, the others read the widest grid.
+
+    With an odd number of groups the greater half reads the grid. PSConv (Li, Yao & Chen, ECCV 2020) is of this family:
+    some channels local, some wide. Nothing is drawn.
+
+    Arguments and result as in `grid`.
+
+    Example:
+        >>> halfgrid((3,), (9,), groups=2).squeeze(-1).tolist()
+        [[-1, 0, 1], [-4, 0, 4]]
+    """
+    require_groups(groups)
+    wide = grid(kernel_size, extent, groups - groups // 2, stride=stride)
+    near = dense(kernel_size, extent, groups // 2) if groups > 1 else wide[:0]
+    return torch.cat([near, wide])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,6 +86,48 @@ def match_dense(offsets: Tensor, kernel_size: Size) -> Tensor:
     benefit = torch.einsum("td,gsd->gts", tap_coordinates(k), offsets.double())
     order = [torch.from_numpy(linear_sum_assignment(b.numpy(), maximize=True)[1]) for b in benefit]
     return torch.stack([o[i] for o, i in zip(offsets, order, strict=True)]) if order else offsets
+
+
+_FINE = 4096.0  # places are rounded to 1/4096 of a cell, so that another processor's last bit moves no tap
+
+
+def nearest_free(cells: Tensor, places: Tensor) -> Tensor:
+    """Return for each place, one after the other, the nearest cell that is not taken yet.
+
+    Args:
+        cells: int64 ``(cells, D)``, at least as many as places.
+        places: float64 ``(places, D)``.
+
+    Example:
+        >>> nearest_free(torch.tensor([[0], [1], [2]]), torch.tensor([[0.2], [0.1], [9.0]])).flatten().tolist()
+        [0, 1, 2]
+    """
+    free = torch.ones(len(cells), dtype=torch.bool)
+    row = []
+    for place in (places * _FINE).round() / _FINE:
+        best = int((cells - place).square().sum(1).masked_fill(~free, math.inf).argmin())
+        free[best] = False
+        row.append(cells[best])
+    return torch.stack(row)
+
+
+def widest_spacing(kernel_size: Sequence[int], extent: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Return the widest spacing of a grid in the window, per axis, that shares no factor with the layer's stride.
+
+    A grid of spacing d in a layer of stride s reads the pixels of a lattice of step gcd(d, s) only: 1/gcd(d, s)² of a
+    two-dimensional map.
+
+    Example:
+        >>> widest_spacing((3, 3), (9, 9), (1, 1)), widest_spacing((3, 3), (9, 9), (2, 2))
+        ((4, 4), (3, 3))
+    """
+    steps = zip(kernel_size, extent, stride, strict=True)
+    return tuple(coprime((s - 1) // (k - 1), step) if k > 1 else 1 for k, s, step in steps)
+
+
+def coprime(spacing: int, stride: int) -> int:
+    """Return the largest integer up to ``spacing`` that shares no factor with ``stride``."""
+    return next(d for d in range(spacing, 0, -1) if math.gcd(d, stride) == 1)
 
 
 def require_groups(groups: int) -> None:
