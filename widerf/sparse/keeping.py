@@ -185,6 +185,8 @@ class KeepsOffsets(_ConvNd):
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{key}: {error}")
                 state_dict[key] = self._remembered()
+            if state_dict[key].shape != self.offsets.shape:  # patterns shared by other runs of channels than ours
+                self.offsets = self.offsets.new_zeros(state_dict[key].shape)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

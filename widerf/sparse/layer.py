@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from widerf.geometry import ntuple
 from widerf.sparse import following
 from widerf.sparse.frame import borders, convolve_as
 from widerf.sparse.keeping import KeepsOffsets
-from widerf.sparse.offsets import check_pattern, draw_offsets, fresh_seed, window_of
+from widerf.sparse.offsets import check_block, check_pattern, draw_offsets, fresh_seed, window_of
 
 Size = int | Sequence[int]
+Pattern: TypeAlias = str | Tensor | patterns.Mixture
 
 
 def why_not_plain(module: nn.Module, dense: type[_ConvNd]) -> str | None:
@@ -73,8 +74,9 @@ class SparseConv(KeepsOffsets):
         dtype: Any = None,
         *,
         extent: Size | None = None,
-        pattern: str | Tensor = "mixed",
+        pattern: Pattern | None = None,
         seed: int | None = None,
+        block: int | None = None,
     ) -> None:
         rank = self.RANK
         k = ntuple(kernel_size, rank, "kernel_size")
@@ -86,13 +88,17 @@ class SparseConv(KeepsOffsets):
         require(in_channels >= 1 and out_channels >= 1, "channels", "be positive", (in_channels, out_channels))
         require(groups >= 1 and in_channels % groups == 0, "groups", f"divide in_channels={in_channels}", groups)
         require(out_channels % groups == 0, "groups", f"divide out_channels={out_channels}", groups)
+        check_block(block)
+        pattern = patterns.default_pattern(k, depthwise=1 < groups == in_channels) if pattern is None else pattern
         # On the CPU and in integers also where the model is built on another device, on none ("meta"), or of fakes.
         with torch.device("cpu"), following.unwatched():
             seed = fresh_seed() if seed is None else seed
-            if isinstance(pattern, str):
+            if not isinstance(pattern, Tensor):
+                patterns.check_named(pattern)
                 window = tuple(2 * n + 1 for n in k) if extent is None else ntuple(extent, rank, "extent")
-                offsets = draw_offsets(pattern, k, window, in_channels, groups, seed)
+                offsets = draw_offsets(pattern, k, window, in_channels, groups, seed, block, steps)
             else:
+                require(block is None, "block", "not be given with offsets, which tell their own", block)
                 offsets = check_offsets(pattern, math.prod(k), rank)
                 window = window_of(offsets, k) if extent is None else ntuple(extent, rank, "extent")
                 offsets = check_pattern(offsets, k, window, in_channels)
@@ -113,7 +119,7 @@ class SparseConv(KeepsOffsets):
             dtype=dtype,
         )
         self.extent = window
-        self.pattern = pattern if isinstance(pattern, str) else "custom"
+        self.pattern = "custom" if isinstance(pattern, Tensor) else patterns.describe(pattern)
         self._keep(taps)
         self._follow()
         self._layout()  # here, so that a compiler finds it done
@@ -180,7 +186,14 @@ class SparseConv(KeepsOffsets):
         )
 
     @classmethod
-    def _from_dense(cls, conv: nn.Module, extent: Size | None, pattern: str | Tensor, seed: int | None) -> Any:
+    def _from_dense(
+        cls,
+        conv: nn.Module,
+        extent: Size | None,
+        pattern: Pattern | None,
+        seed: int | None,
+        block: int | None = None,
+    ) -> Any:
         rule = f"be a plain {cls.DENSE.__name__} (its forward not overridden, its weight a parameter, no hooks)"
         plain = why_not_plain(conv, cls.DENSE) is None
         require(plain, "conv", rule, type(conv).__name__, TypeError)
@@ -200,6 +213,7 @@ class SparseConv(KeepsOffsets):
             extent=extent,
             pattern=pattern,
             seed=seed,
+            block=block,
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         layer._keep(layer._taps)  # on the device of the weight

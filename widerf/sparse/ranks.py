@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from widerf.sparse.layer import Size, SparseConv
+from widerf.sparse.layer import Pattern, Size, SparseConv
 
 
 class SparseConv1d(SparseConv):
@@ -21,10 +21,16 @@ class SparseConv1d(SparseConv):
 
     @classmethod
     def from_conv1d(
-        cls, conv: nn.Conv1d, *, extent: Size | None = None, pattern: str | Tensor = "mixed", seed: int | None = None
+        cls,
+        conv: nn.Conv1d,
+        *,
+        extent: Size | None = None,
+        pattern: Pattern | None = None,
+        seed: int | None = None,
+        block: int | None = None,
     ) -> SparseConv1d:
         """Return a sparse layer that shares the parameters of ``conv``; see `SparseConv2d.from_conv2d`."""
-        return cls._from_dense(conv, extent, pattern, seed)  # type: ignore[no-any-return]
+        return cls._from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
 
     def to_conv1d(self) -> nn.Conv1d:
         """Return the exact dense twin; see `SparseConv2d.to_conv2d`."""
@@ -69,10 +75,15 @@ class SparseConv2d(SparseConv):
         dtype: of the parameters.
         extent: side of the window, in cells, per axis; at least ``kernel_size``, and equal to it for ``nn.Conv2d``
             itself. Default 2k + 1. It should not exceed the map.
-        pattern: "mixed" (half of the channels keep the dense kernel, the other half partition the window), "partition",
-            "centered", "gaussian", "random", "grid" (dilated), or offsets of your own: integers (pattern groups,
-            taps, 2).
+        pattern: a name of `widerf.patterns` ("mixed": half of the channels keep the dense kernel, the other half
+            partition the window; "stratified", "foveal", "halfgrid", "grid": dilated, …), a list of (name or
+            function, share of the channels), or offsets of your own: integers (pattern groups, taps, 2). Default:
+            that of `widerf.patterns.default_pattern` for this kind of layer.
         seed: of the pattern; by default it follows from torch's global generator, which is not advanced.
+        block: how many neighbouring input channels share their taps at most, a multiple of 16; a GPU reads them at
+            once. Default 64, or 32 or 16 so that they divide the channels and leave two blocks at least; with fewer
+            than 32 channels each pattern has as few as its number of patterns asks for. Wider blocks mean fewer
+            patterns: `widerf.patterns.coverage` tells what that leaves unread.
 
     Attributes:
         weight: (out, in/groups, kH, kW), as in ``nn.Conv2d``.
@@ -101,7 +112,13 @@ class SparseConv2d(SparseConv):
 
     @classmethod
     def from_conv2d(
-        cls, conv: nn.Conv2d, *, extent: Size | None = None, pattern: str | Tensor = "mixed", seed: int | None = None
+        cls,
+        conv: nn.Conv2d,
+        *,
+        extent: Size | None = None,
+        pattern: Pattern | None = None,
+        seed: int | None = None,
+        block: int | None = None,
     ) -> SparseConv2d:
         """Return a sparse layer that shares the parameters of ``conv``, each weight at its partner tap.
 
@@ -119,7 +136,7 @@ class SparseConv2d(SparseConv):
             >>> torch.allclose(conv(x), sparse(x), atol=1e-5)
             True
         """
-        return cls._from_dense(conv, extent, pattern, seed)  # type: ignore[no-any-return]
+        return cls._from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
 
     def to_conv2d(self) -> nn.Conv2d:
         """Return the exact dense twin, an ``nn.Conv2d`` of ``extent`` taps per axis.
@@ -150,10 +167,16 @@ class SparseConv3d(SparseConv):
 
     @classmethod
     def from_conv3d(
-        cls, conv: nn.Conv3d, *, extent: Size | None = None, pattern: str | Tensor = "mixed", seed: int | None = None
+        cls,
+        conv: nn.Conv3d,
+        *,
+        extent: Size | None = None,
+        pattern: Pattern | None = None,
+        seed: int | None = None,
+        block: int | None = None,
     ) -> SparseConv3d:
         """Return a sparse layer that shares the parameters of ``conv``; see `SparseConv2d.from_conv2d`."""
-        return cls._from_dense(conv, extent, pattern, seed)  # type: ignore[no-any-return]
+        return cls._from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
 
     def to_conv3d(self) -> nn.Conv3d:
         """Return the exact dense twin; see `SparseConv2d.to_conv2d`."""
