@@ -85,6 +85,12 @@ class Kernel:
             return tuple(d / math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True))
         return tuple(float(d) for d in self.dilation)
 
+    @property
+    def patchify(self) -> bool:
+        """Whether neighbouring outputs share no stretch of the input: stride ≥ dilation·(k − 1) + 1 on all axes."""
+        axes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        return not self.transposed and all(s >= d * (k - 1) + 1 for k, s, d in axes)
+
     def nothing_to_gain(self) -> Verdict | None:
         """Return why no profile can widen this kernel, or ``None`` if one can."""
         if self.offsets is not None:
@@ -98,8 +104,7 @@ class Kernel:
             where = "taps per output phase" if self.transposed else "kernel"
             size = "×".join(map(str, self.cells[0].size))
             return Verdict("corners_only", f"{size} {where}: all taps are corners already")
-        pairs = zip(self.kernel_size, self.stride, self.dilation, strict=True)
-        if not self.transposed and all(s >= d * (k - 1) + 1 for k, s, d in pairs):
+        if self.patchify:
             return Verdict("patchify", "patchify (stride ≥ kernel): neighbouring outputs share no input")
         return None
 

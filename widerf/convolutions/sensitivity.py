@@ -12,6 +12,7 @@ from torch import Tensor
 from widerf.convolutions.convolution import Kernel
 from widerf.erf.energy import backpropagate
 from widerf.erf.frame import Frame
+from widerf.erf.map import ERF
 from widerf.erf.prediction import predicted
 from widerf.geometry import marginal, moments
 from widerf.trace.scene import Scene
@@ -63,13 +64,19 @@ def _variance(energy: Tensor) -> Tensor:
     return torch.stack([moments(marginal(share, axis)).variance for axis in range(energy.ndim)]).mean()
 
 
-def predicted_std(scene: Scene, frame: Frame | None = None) -> tuple[float | None, str]:
-    """Return the predicted std of the network's ERF or ``None``, and what is wrong with it or nothing."""
+def predicted_erf(scene: Scene, frame: Frame | None = None) -> tuple[ERF | None, str]:
+    """Return the predicted ERF of the network or ``None``, and what is wrong with it or nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            std = float(predicted(scene, frame).std)
+            erf = predicted(scene, frame)
         except (NotImplementedError, ValueError) as error:
             return None, f"the ERF's gain cannot be predicted: {error}"
     clipped = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    return std, (f"the ERF's gain is understated: {clipped[0]}" if clipped else "")
+    return erf, (f"the ERF's gain is understated: {clipped[0]}" if clipped else "")
+
+
+def predicted_std(scene: Scene, frame: Frame | None = None) -> tuple[float | None, str]:
+    """Return the predicted std of the network's ERF or ``None``, and what is wrong with it or nothing."""
+    erf, problem = predicted_erf(scene, frame)
+    return (None if erf is None else float(erf.std)), problem
