@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--base", help="draw the weights anew first, e.g. kaiming_normal")
     convert = commands.add_parser("convert", parents=[common], help="dry run of the conversion to sparse taps")
     convert.add_argument("--extent", type=int, help="side of the tap window; default: by layer, from its map")
-    convert.add_argument("--pattern", default="mixed", help="tap pattern (default: %(default)s)")
+    convert.add_argument("--pattern", help="tap pattern; default: by kind of layer")
+    convert.add_argument("--target", type=float, help="wanted ratio of the ERF's std, instead of --extent")
+    convert.add_argument("--block", type=int, help="neighbouring channels that share their taps at most")
     for command, run in ((init, _init), (convert, _convert)):
         command.add_argument("--only", action="append", metavar="NAME", help="pattern of layers to change; repeatable")
         command.add_argument("--skip", action="append", metavar="NAME", help="pattern of layers to leave; repeatable")
@@ -176,8 +178,8 @@ def _convert(options: argparse.Namespace) -> None:
     model, size = _prepared(options)
     before = _before(options, model, size)
     report = widerf.convert(
-        model, extent=options.extent, pattern=options.pattern, only=options.only, skip=options.skip,
-        input_size=size, seed=options.seed,
+        model, extent=options.extent, pattern=options.pattern, target=options.target, block=options.block,
+        only=options.only, skip=options.skip, input_size=size, seed=options.seed,
     )  # fmt: skip
     _give_report(options, model, size, before, report, "Conversion to sparse taps (dry run)")
 

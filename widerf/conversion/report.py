@@ -20,6 +20,7 @@ class LayerConversion:
         extent: side of the window per axis; None if left dense.
         jump: input pixels of the network between neighbouring units of the layer's input (with ``input_size``).
         map_size: spatial shape of the layer's input (with ``input_size``).
+        pattern: what its taps are drawn by; None if left dense.
         pattern_groups: groups of input channels with taps of their own.
         channels_per_cell: fewest and most input channels that read a cell of the window.
         verdict: "sparse", or why it was left dense.
@@ -31,6 +32,7 @@ class LayerConversion:
     extent: tuple[int, ...] | None = None
     jump: tuple[float, ...] | None = None
     map_size: tuple[int, ...] | None = None
+    pattern: str | None = None
     pattern_groups: int | None = None
     channels_per_cell: tuple[int, int] | None = None
     verdict: str = "sparse"
@@ -48,6 +50,8 @@ class ConversionReport(Report[LayerConversion]):
     Attributes:
         gain: predicted std of the network's ERF, after over before (with ``input_size``).
         erf_std: those two, before and after, in input pixels.
+        erf_kurtosis: its excess kurtosis, before and after: 0 for a Gaussian, above for heavy tails.
+        target: the gain that was asked for.
         weights: number of parameters, before and after.
         multiplications: of all convolutions for one input, before and after (with ``input_size``).
         dry_run: whether the model was left as it was.
@@ -55,6 +59,8 @@ class ConversionReport(Report[LayerConversion]):
 
     gain: float | None = None
     erf_std: tuple[float, float] | None = None
+    erf_kurtosis: tuple[float, float] | None = None
+    target: float | None = None
     weights: tuple[int, int] | None = None
     multiplications: tuple[int, int] | None = None
     dry_run: bool = False
@@ -65,6 +71,7 @@ class ConversionReport(Report[LayerConversion]):
         "extent": "extent",
         "jump": "jump",
         "map": "map_size",
+        "pattern": "pattern",
         "pattern groups": "pattern_groups",
         "verdict": "verdict",
     }
@@ -79,5 +86,10 @@ class ConversionReport(Report[LayerConversion]):
         if self.multiplications is not None:
             said.append("multiplications: {:,} before, {:,} after".format(*self.multiplications))
         if self.erf_std is not None and self.gain is not None:
-            said.append("predicted ERF std: {:.2f} to {:.2f} pixels".format(*self.erf_std) + f", ×{self.gain:.3f}")
+            wanted = "" if self.target is None else f" (target ×{self.target:g})"
+            said.append(
+                "predicted ERF std: {:.2f} to {:.2f} pixels".format(*self.erf_std) + f", ×{self.gain:.3f}{wanted}"
+            )
+        if self.erf_kurtosis is not None:
+            said.append("predicted excess kurtosis: {:.2f} to {:.2f}".format(*self.erf_kurtosis))
         return said

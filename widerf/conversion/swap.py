@@ -2,101 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from widerf._checks import require, require_known
-from widerf.conversion.report import ConversionReport, LayerConversion
-from widerf.conversion.windows import SPARSE, early_layers, why_not, window_for
+from widerf._checks import require
+from widerf.conversion.exchange import exchange
+from widerf.conversion.growth import TOLERANCE, Windows, windows_for_gain
+from widerf.conversion.plan import Step, Taps, build, decide, multiplications, windows
+from widerf.conversion.report import ConversionReport
 from widerf.convolutions.branches import silent_branches
-from widerf.convolutions.convolution import Kernel
-from widerf.convolutions.places import Place, find_places
+from widerf.convolutions.places import find_places
 from widerf.convolutions.selection import Selector, find_kernels, select
-from widerf.convolutions.sensitivity import predicted_std
-from widerf.patterns.named import NAMED
+from widerf.convolutions.sensitivity import predicted_erf
+from widerf.patterns.named import Mixture, check_named
 from widerf.report import listed
 from widerf.sparse.layer import SparseConv
+from widerf.sparse.offsets import check_block
 from widerf.trace.scene import Scene
 
+if TYPE_CHECKING:
+    from widerf.erf.map import ERF
+
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One convolution, what is known of it, and the layer that takes its place (None: it stays)."""
-
-    kernel: Kernel
-    row: LayerConversion
-    layer: SparseConv | None = None
-
-
-def _seed(seed: int, name: str) -> int:
-    """Return a seed for each layer that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
-
-
-def _steps(
-    model: nn.Module,
-    kernels: Sequence[Kernel],
-    kept: Mapping[str, str],
-    places: Mapping[str, Place] | None,
-    extent: int | None,
-    pattern: str,
-    seed: int,
-) -> list[_Step]:
-    """Decide on every convolution and build the layers that will take their places; the model stays as it is."""
-    running = [name for name, place in (places or {}).items() if place.jump is not None]
-    level = len({min(places[name].jump or ()) for name in running}) == 1 if places else False
-    steps = []
-    for kernel in kernels:
-        place = None if places is None else places.get(kernel.name)
-        row = LayerConversion(kernel.name, kernel.kind, kernel.kernel_size)
-        if place is not None:
-            row = replace(row, jump=place.jump, map_size=place.before)
-        problem = why_not(model, kernel) or kept.get(kernel.name)
-        if problem is None and places is not None and place is None:
-            problem = "not run on the way to the last map"
-        if problem is None:
-            # At one resolution the windows grow with depth: what the pilots found to help (docs/sparse.md).
-            depth = running.index(kernel.name) / max(1, len(running) - 1) if level and kernel.name in running else 1.0
-            window = window_for(kernel, extent, place, depth)
-            problem = "its kernel is as wide as the window" if window is None else None
-        if problem is not None or window is None:
-            steps.append(_Step(kernel, replace(row, verdict=problem or "")))
-            continue
-        kind = next(sparse for dense, sparse in SPARSE.items() if isinstance(kernel.module, dense))
-        layer = kind._from_dense(kernel.module, window, pattern, _seed(seed, kernel.name))
-        row = replace(row, extent=window, pattern_groups=len(layer.offsets), channels_per_cell=layer.readers())
-        steps.append(_Step(kernel, row, layer))
-    return steps
-
-
-def _swap(model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules in the places of old ones, wherever they are held."""
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child is not None and child in pairs:
-                module._modules[name] = pairs[child]
-
-
-@contextmanager
-def _swapped(model: nn.Module, pairs: Mapping[nn.Module, nn.Module], stay: bool) -> Iterator[None]:
-    """Swap for the time of the block, or for good if ``stay`` and nothing goes wrong."""
-    _swap(model, pairs)
-    try:
-        yield
-    except BaseException:
-        stay = False
-        raise
-    finally:
-        if not stay:
-            _swap(model, {new: old for old, new in pairs.items()})
+_BARELY = 1.02  # gain below which sparse layers do not show
+_CROWDED = 0.05  # share of the ERF beyond the border above which the image leaves it little room to grow
 
 
 def _silence(model: nn.Module) -> str:
@@ -111,24 +43,67 @@ def _silence(model: nn.Module) -> str:
     )
 
 
-def _multiplications(steps: Sequence[_Step], places: Mapping[str, Place], sparse: bool) -> int:
-    """Count the multiplications of all convolutions that run, one input."""
-    total = 0
-    for step in steps:
-        module: Any = step.layer if sparse and step.layer is not None else step.kernel.module
-        place = places.get(step.kernel.name)
-        if place is None or step.kernel.transposed or not hasattr(module, "groups"):
-            continue
-        taps = module.offsets.shape[1] if isinstance(module, SparseConv) else math.prod(module.kernel_size)
-        total += math.prod(place.after) * module.out_channels * (module.in_channels // module.groups) * taps
-    return total
+def _notes(report: ConversionReport, model: nn.Module, problem: str) -> tuple[str, ...]:
+    """Return what a person has to be told beside the figures."""
+    notes = [problem] if problem else []
+    silence = _silence(model) if report.gain is not None else ""
+    if silence:
+        notes.append(silence)
+    elif not problem and report.gain is not None and report.gain < _BARELY and any(row.converted for row in report):
+        notes.append(
+            "the sparse layers barely show in the ERF of the last map: paths that pass them by (skips at full "
+            "resolution, layers that stayed dense) carry nearly all of its energy"
+        )
+    if report.target is not None and report.gain is not None and abs(report.gain / report.target - 1) > TOLERANCE:
+        notes.append(f"no windows of whole cells come nearer to the target ×{report.target:g} than ×{report.gain:.3f}")
+    return tuple(notes)
+
+
+def _check(model: nn.Module, extent: Any, target: Any, block: Any, pattern: Any, input_size: Any) -> None:
+    if pattern is not None:
+        check_named(pattern)
+    check_block(block)
+    if extent is not None:
+        require(isinstance(extent, int), "extent", "be an integer", extent, TypeError)
+        require(extent >= 1, "extent", "be positive", extent)
+    if target is not None:
+        require(isinstance(target, (int, float)), "target", "be a number", target, TypeError)
+        require(1 < target < float("inf"), "target", "be a ratio above 1", target)
+        require(extent is None, "extent", "not be given with target, which chooses it", extent)
+        require(input_size is not None, "input_size", "be given with target", input_size)
+    require(extent is not None or input_size is not None, "input_size", "be given if extent is not", input_size)
+
+
+def _pairs(steps: Sequence[Step]) -> dict[nn.Module, nn.Module]:
+    return {step.kernel.module: step.layer for step in steps if step.layer is not None}
+
+
+def _anew(scene: Scene) -> Scene:
+    """Return the scene after modules were swapped: the one that makes the map may be another now."""
+    site = replace(scene.site, module=scene.model.get_submodule(scene.site.name))
+    return replace(scene.changed(in_place=False), site=site)
+
+
+def _windows_for(scene: Scene, steps: Sequence[Step], taps: Taps, before: ERF | None, target: float) -> Windows:
+    """Return the windows whose predicted gain is the target; each trial is in place only while it is predicted."""
+
+    def gain_of(extents: Windows) -> float | None:
+        pairs = _pairs(build(steps, extents, taps))
+        after, _ = exchange(scene.model, pairs, lambda: predicted_erf(_anew(scene)), stay=False)
+        return None if after is None or before is None or before.std == 0 else float(after.std / before.std)
+
+    clipped = 0.0 if before is None else before.clipped
+    why = f" (its border cuts off {clipped:.0%} of the ERF today: a larger input_size has more room)"
+    return windows_for_gain(steps, gain_of, target, why if clipped > _CROWDED else "")
 
 
 def convert(
     model: nn.Module,
     *,
     extent: int | None = None,
-    pattern: str = "mixed",
+    pattern: str | Mixture | None = None,
+    target: float | None = None,
+    block: int | None = None,
     only: Selector = None,
     skip: Selector = None,
     input_size: Sequence[int] | None = None,
@@ -144,13 +119,22 @@ def convert(
     Left dense unless ``only`` names them: the stem and the first stage (early layers want local taps; recognised by
     the jump with ``input_size``, else by timm's ``feature_info``). Left dense always: 1×1 and patchify kernels,
     transposed convolutions, subclasses with a forward of their own, computed weights, layers with hooks, and layers
-    in a block that can fuse itself into a plain convolution, which would lose the offsets (fuse first, then convert).
+    that a block around them can still fuse into a plain convolution, which would lose the offsets (fuse first, then
+    convert). Whether it still can is tried on a copy of the block; blocks that hold ``model`` itself are sought too.
+
+    A layer keeps its stride and its dilation, which spreads the cells of its window. No grid gets a spacing that shares
+    a factor with the stride: it would read a part of its map only.
 
     Args:
         model: any module.
-        extent: side of the windows; None chooses one for each layer from its map (`automatic_extent`), which needs
-            ``input_size``. Never wider than the map, if that is known; axes with one tap keep one cell.
-        pattern: a name of `widerf.patterns`.
+        extent: side of the windows, in cells; None chooses one for each layer from its map (`automatic_extent`), which
+            needs ``input_size``. With its dilation never wider than the map, if that is known; axes with one tap keep
+            one cell.
+        pattern: a name of `widerf.patterns`, or a list of (name or function, share of the channels); None takes that of
+            `widerf.patterns.default_pattern` for each kind of layer.
+        target: wanted ratio of the predicted std of the network's ERF to today's. The windows grow with depth, by as
+            little as gives it within 3 per cent.
+        block: neighbouring channels that share their taps at most, a multiple of 16; None: see `widerf.SparseConv2d`.
         only: name patterns or module classes; nothing else is converted.
         skip: name patterns or module classes that stay dense.
         input_size: ``(channels, *spatial)`` of one input; with it the report has maps, jumps and the predicted ERF.
@@ -163,7 +147,8 @@ def convert(
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if the model has no convolution, a pattern is unknown, a selector matches nothing, ``extent`` is
-            not positive, or neither ``extent`` nor ``input_size`` is given. Then nothing has been changed.
+            not positive, neither ``extent`` nor ``input_size`` is given, or ``target`` is out of reach (the message
+            names the largest possible). Whatever is raised, KeyboardInterrupt included: nothing has been changed then.
 
     Example:
         >>> net = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)])
@@ -173,39 +158,41 @@ def convert(
         >>> densify(net)[1].kernel_size
         (9, 9)
     """
-    require_known(pattern, NAMED, "pattern")
+    _check(model, extent, target, block, pattern, input_size)
     kernels = find_kernels(model)
     require(bool(kernels), "model", "hold at least one convolution", type(model).__name__)
-    require(extent is not None or input_size is not None, "input_size", "be given if extent is not", input_size)
-    if extent is not None:
-        require(isinstance(extent, int), "extent", "be an integer", extent, TypeError)
-        require(extent >= 1, "extent", "be positive", extent)
     chosen = {k.name for k in kernels} if only is None else select(kernels, model, only, "only")
-    left = set() if skip is None else select(kernels, model, skip, "skip")
+    skipped = set() if skip is None else select(kernels, model, skip, "skip")
+    left = {k.name: "not in only" for k in kernels if k.name not in chosen} | dict.fromkeys(skipped, "in skip")
     scene = None if input_size is None else Scene.of(model, input_size)
     places = None if scene is None else find_places(scene, kernels)
-    kept = early_layers(model, kernels, places or {}) if only is None else {}
-    kept |= {k.name: "not in only" for k in kernels if k.name not in chosen} | dict.fromkeys(left, "in skip")
-    steps = _steps(model, kernels, kept, places, extent, pattern, seed)
-    pairs: dict[nn.Module, nn.Module] = {s.kernel.module: s.layer for s in steps if s.layer is not None}
-    before, problem = (None, "") if scene is None else predicted_std(scene)
+    steps, taps = decide(model, kernels, left, places, early=only is None), Taps(pattern, block, seed)
+    before, problem = (None, "") if scene is None else predicted_erf(scene)
+    if target is None or scene is None:
+        extents: Any = windows(steps, extent)
+    else:
+        extents = _windows_for(scene, steps, taps, before, target)
+    steps = build(steps, extents, taps)
     weights = sum(p.numel() for p in model.parameters())
-    with _swapped(model, pairs, stay=not dry_run):
-        after = None
+
+    def tell() -> ConversionReport:
+        after, trouble = None, problem
         if scene is not None and before is not None:
-            after, problem = predicted_std(scene.changed(in_place=False))
-        known = before is not None and after is not None
-        return ConversionReport(
+            after, trouble = predicted_erf(_anew(scene))
+        erfs = None if before is None or after is None else (before, after)
+        report = ConversionReport(
             tuple(step.row for step in steps),
-            tuple(note for note in (problem, _silence(model) if before is not None else "") if note),
-            gain=after / before if known and before and after is not None else None,
-            erf_std=(before, after) if before is not None and after is not None else None,
+            gain=None if erfs is None or erfs[0].std == 0 else float(erfs[1].std / erfs[0].std),
+            erf_std=None if erfs is None else (float(erfs[0].std), float(erfs[1].std)),
+            erf_kurtosis=None if erfs is None else (float(erfs[0].excess_kurtosis), float(erfs[1].excess_kurtosis)),
+            target=target,
             weights=(weights, sum(p.numel() for p in model.parameters())),
-            multiplications=None
-            if places is None
-            else (_multiplications(steps, places, False), _multiplications(steps, places, True)),
+            multiplications=None if places is None else (multiplications(steps, False), multiplications(steps, True)),
             dry_run=dry_run,
         )
+        return replace(report, warnings=_notes(report, model, trouble))
+
+    return exchange(model, _pairs(steps), tell, stay=not dry_run)
 
 
 def densify(model: Model) -> Model:
@@ -222,5 +209,6 @@ def densify(model: Model) -> Model:
     """
     if isinstance(model, SparseConv):
         return model._to_dense()  # type: ignore[no-any-return]
-    _swap(model, {m: m._to_dense() for m in model.modules() if isinstance(m, SparseConv)})
+    twins: dict[nn.Module, nn.Module] = {m: m._to_dense() for m in model.modules() if isinstance(m, SparseConv)}
+    exchange(model, twins, lambda: None)
     return model

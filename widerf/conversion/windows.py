@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ SPARSE: dict[type[nn.Module], type[SparseConv]] = {
     nn.Conv2d: SparseConv2d,
     nn.Conv3d: SparseConv3d,
 }
-# Methods of blocks that rebuild a plain convolution from its weight alone: they would lose the offsets without a word.
-FUSING = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy", "convert_to_deploy", "get_equivalent_kernel_bias")
 
 
 def _odd(n: float) -> int:
@@ -26,41 +25,51 @@ def _odd(n: float) -> int:
     return int(n) - (int(n) + 1) % 2
 
 
-def automatic_extent(kernel_size: Sequence[int], map_size: Sequence[int], depth: float = 1.0) -> tuple[int, ...]:
+def automatic_extent(
+    kernel_size: Sequence[int], map_size: Sequence[int], depth: float = 1.0, dilation: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Return the extent of a layer from its map: two thirds of the map at most, and 4k + 3 (15 for a 3×3) at most.
 
     A window that hangs far over the border spends its taps on zeros; one that is as wide as the map leaves nothing to
     the layers above. Axes on which the kernel has one tap keep one cell. ``depth`` < 1 scales the reach of the window
-    between 2k + 1 and that.
+    between 2k + 1 and that. The cells of a dilated layer are ``dilation`` pixels of the map apart.
 
     Example:
         >>> [automatic_extent((3, 3), (n, n)) for n in (56, 28, 14, 7)]
         [(15, 15), (15, 15), (9, 9), (5, 5)]
         >>> automatic_extent((1, 7), (28, 28))
         (1, 19)
+        >>> automatic_extent((3, 3), (28, 28), dilation=(2, 4))
+        (9, 5)
     """
     widths = []
-    for k, n in zip(kernel_size, map_size, strict=True):
-        most = min(4 * k + 3, 2 * n / 3 + 1)
+    for k, n, d in zip(kernel_size, map_size, dilation or [1] * len(kernel_size), strict=True):
+        most = min(4 * k + 3, 2 * n / 3 / d + 1)
         least = min(2 * k + 1, most)
         wanted = least * (most / least) ** depth
         widths.append(1 if k == 1 else max(k, _odd(wanted) + (k + 1) % 2))
     return tuple(widths)
 
 
-def _fusing_parent(model: nn.Module, name: str) -> str | None:
-    """Return the nearest block around ``name`` that has a method which rebuilds plain convolutions."""
-    path = name.split(".")
-    for end in range(len(path) - 1, -1, -1):
-        block = model.get_submodule(".".join(path[:end]))
-        for method in FUSING:
-            if callable(getattr(block, method, None)):
-                return f"{type(block).__name__}.{method}() would rebuild it as a plain convolution"
-    return None
+def widest_extent(kernel: Kernel, map_size: Sequence[int]) -> tuple[int, ...]:
+    """Return the widest window that is no wider than the map, (S − 1)·dilation + 1 ≤ map, with the kernel's parity.
+
+    Never narrower than the kernel; axes on which it has one tap keep one cell.
+    """
+    widths = []
+    for k, n, d in zip(kernel.kernel_size, map_size, kernel.dilation, strict=True):
+        most = (n - 1) // d + 1
+        widths.append(1 if k == 1 else max(k, most - (most - k) % 2))
+    return tuple(widths)
 
 
-def why_not(model: nn.Module, kernel: Kernel) -> str | None:
-    """Return why a convolution cannot be made sparse, whatever the user wants, or None."""
+def why_not(kernel: Kernel, rebuilt: Mapping[str, str]) -> str | None:
+    """Return why a convolution cannot be made sparse, whatever the user wants, or None.
+
+    Args:
+        kernel: the convolution.
+        rebuilt: what `widerf.convolutions.branches.rebuilt` says of the model.
+    """
     module: Any = kernel.module
     if isinstance(module, SparseConv):
         return "sparse already"
@@ -74,9 +83,16 @@ def why_not(model: nn.Module, kernel: Kernel) -> str | None:
         return problem
     if all(k == 1 for k in kernel.kernel_size):
         return "1×1 kernel: no taps to move"
-    if all(s >= d * k for k, s, d in zip(kernel.kernel_size, kernel.stride, kernel.dilation, strict=True)):
+    if kernel.patchify:
         return "patchify (stride ≥ kernel)"
-    return _fusing_parent(model, kernel.name)
+    axes = zip(kernel.kernel_size, kernel.stride, kernel.dilation, strict=True)
+    if any(k > 1 and math.gcd(s, d) > 1 for k, s, d in axes):
+        return "its dilation shares a factor with its stride: all windows would read the same part of the map"
+    if not kernel.name:
+        return f"the model itself: Sparse{dense.__name__}.from_{dense.__name__.lower()} makes a sparse layer of it"
+    if kernel.name in rebuilt:
+        return f"{rebuilt[kernel.name]} would rebuild it as a plain convolution"
+    return None
 
 
 def early_layers(model: nn.Module, kernels: Sequence[Kernel], places: Mapping[str, Place]) -> dict[str, str]:
@@ -108,12 +124,13 @@ def window_for(kernel: Kernel, wanted: int | None, place: Place | None, depth: f
     """Return the window of a layer, never wider than its map; None if that is no wider than the kernel."""
     if wanted is None:
         assert place is not None
-        extent = automatic_extent(kernel.kernel_size, place.before, depth)
+        extent = automatic_extent(kernel.kernel_size, place.before, depth, kernel.dilation)
     else:
         extent = tuple(1 if k == 1 else max(k, wanted) for k in kernel.kernel_size)
     if place is not None:
+        most = widest_extent(kernel, place.before)
         fits = [
-            s if s <= n else n - (n - k) % 2 for s, n, k in zip(extent, place.before, kernel.kernel_size, strict=True)
+            s if (s - 1) * d < n else m for s, m, n, d in zip(extent, most, place.before, kernel.dilation, strict=True)
         ]
         extent = tuple(max(k, s) for k, s in zip(kernel.kernel_size, fits, strict=True))
     return None if extent == kernel.kernel_size else extent
