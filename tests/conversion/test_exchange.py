@@ -55,11 +55,11 @@ def interrupted(call: Callable[[], Any], at: int) -> int:
 
 # sparse beforehand, what is called, at how many lines
 CALLS: dict[str, tuple[bool, Callable[[nn.Module], Any], int]] = {
-    "convert": (False, lambda model: convert(model, extent=5), 40),
-    "convert with figures": (False, lambda model: convert(model, input_size=(3, 12, 12)), 6),
-    "dry run": (False, lambda model: convert(model, extent=5, dry_run=True), 60),
+    "convert": (False, lambda model: convert(model, extent=5), 15),
+    "convert with figures": (False, lambda model: convert(model, input_size=(3, 12, 12)), 4),
+    "dry run": (False, lambda model: convert(model, extent=5, dry_run=True), 15),
     "target": (False, lambda model: convert(model, target=1.2, input_size=(3, 12, 12)), 3),
-    "densify": (True, densify, 60),
+    "densify": (True, densify, 15),
 }
 
 
@@ -68,7 +68,7 @@ CALLS: dict[str, tuple[bool, Callable[[nn.Module], Any], int]] = {
 def test_an_interrupt_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(name: str) -> None:
     sparse, call, points = CALLS[name]
     whole = interrupted(lambda: call(net(sparse)), at=-1)
-    tail = range(max(1, whole - 2 * points), whole + 1)  # where the modules are swapped, and back
+    tail = range(max(1, whole - 4 * points), whole + 1)  # where the modules are swapped, and back
     struck = 0
     for at in [*range(1, whole, max(1, whole // points)), *tail]:
         model = net(sparse)

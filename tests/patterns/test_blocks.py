@@ -39,7 +39,7 @@ def test_default_blocks_are_what_a_gpu_reads_at_once_and_there_are_two_at_least(
         assert width == divide[0] if divide else width <= 32
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.integers(1, 300),
     st.sampled_from([1, 2, 3, 8]),
@@ -54,11 +54,11 @@ def test_the_channels_of_a_block_share_their_taps(
     groups = channels if depthwise else groups
     offsets = draw_offsets(pattern, (3,), (9,), channels, groups, 0, block)
     assert len(offsets) <= channels
-    assert channels % len(offsets) == 0 or block_width(channels, patterns.kinds(pattern), block) is None
     cut = channels // groups if channels // groups >= 32 else channels
     width = block_width(cut, patterns.kinds(pattern), block)
     if width is None:
         return
+    assert channels % len(offsets) == 0
     taps = taps_of_channels(offsets, channels)
     assert len({str(t) for t in taps}) <= -(-cut // width)
     for first in range(0, channels, cut):
