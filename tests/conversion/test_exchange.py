@@ -74,7 +74,8 @@ CALLS: dict[str, tuple[bool, Callable[[nn.Module], Any], int]] = {
 )
 def test_an_interrupt_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(name: str) -> None:
     sparse, call, points = CALLS[name]
-    whole = interrupted(lambda: call(net(sparse)), at=-1)
+    whole_model = net(sparse)
+    whole = interrupted(lambda: call(whole_model), at=-1)
     tail = range(max(1, whole - 4 * points), whole + 1)  # where the modules are swapped, and back
     struck = 0
     for at in [*range(1, whole, max(1, whole // points)), *tail]:
