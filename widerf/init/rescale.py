@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -62,8 +62,9 @@ def execute(step: Change, base: Base, generator: Generator | None, dry_run: bool
 def factors_for(kernel: Kernel, energies: Tensor, ratio: Tensor) -> Tensor:
     """Return what multiplies each tap: √ratio, and one scalar per output phase that keeps Σ w²."""
     factors = ratio.sqrt()
-    parts: list[tuple[slice, ...] | EllipsisType] = [cell.where for cell in kernel.cells]
-    for where in parts if kernel.offsets is None else [...]:
+    # Taps off a grid have no phases: one part, the whole.
+    parts: list[Any] = [...] if kernel.offsets is not None else [cell.where for cell in kernel.cells]
+    for where in parts:
         before, after = energies[where].sum(), (energies[where] * ratio[where]).sum()
         if float(after) > 0:
             factors[where] *= (before / after).sqrt()
