@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench docs lint clean
+.PHONY: help demo test test-slow check bench gpu docs lint clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ check: lint docs test  ## all that CI asks for
 bench: .venv/dev.stamp  ## speed, as ratios to named rivals in the same run; leave the machine alone meanwhile
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python -m experiments.bench
+
+gpu: .venv/dev.stamp  ## where there is a CUDA GPU: are the kernels right on it, and how fast; 5 minutes, unattended
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python -m experiments.gpu kernels
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,6 +40,8 @@ class Case:
     dtype: str = "float32"
     layout: str = "contiguous"
     settings: tuple[tuple[str, Any], ...] = ()  # names of `widerf.kernels.cuda` for this case
+    sizes: tuple[int, int, int] | None = None  # pixels, outputs and inputs of a program of `box_kernels`
+    boxes: bool = False  # whether it is a layer for `box_kernels`
     seed: int = 0
 
 
@@ -82,9 +84,10 @@ def _changed(module: Any, kernel: str, old: str, new: str) -> Iterator[Any]:
 
 def errors_of_mutant(case: Case, kernel: str, old: str, new: str) -> dict[str, float]:
     """Return `errors` with ``old`` in the kernel's source replaced by ``new``."""
-    from widerf.kernels import cuda, triton_kernels
+    from widerf.kernels import box_kernels, cuda, cuda_boxes, triton_kernels
 
-    with _changed(triton_kernels, kernel, old, new) as changed, mock.patch.object(cuda, "_kernels", lambda: changed):
+    module, user = (box_kernels, cuda_boxes) if case.boxes else (triton_kernels, cuda)
+    with _changed(module, kernel, old, new) as changed, mock.patch.object(user, "_kernels", lambda: changed):
         return errors(case)
 
 
@@ -120,6 +123,22 @@ def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, weight, offsets, shifts
 
 
+@contextmanager
+def _set(case: Case) -> Iterator[None]:
+    """Take the settings and sizes of the case."""
+    from widerf.kernels import configurations, cuda
+
+    def sized(shape: configurations.Shape) -> configurations.Configuration:
+        assert case.sizes
+        return configurations.fit(shape, configurations.Configuration(*case.sizes, 4, 3, programs=40))
+
+    choose = sized if case.sizes else configurations.from_table
+    settings = dict(case.settings)
+    taken = mock.patch.multiple(cuda, **settings) if settings else nullcontext()
+    with taken, mock.patch.object(configurations, "choose", choose):
+        yield
+
+
 def errors(case: Case) -> dict[str, float]:
     """Return the greatest error of each of the three maps over the greatest number, against float64 `F.conv2d`."""
     from widerf.kernels import cuda
@@ -131,10 +150,9 @@ def errors(case: Case) -> dict[str, float]:
     grad = torch.randn(exact_y.shape, generator=torch.Generator().manual_seed(case.seed + 1)).to(x.dtype)
     exact = (exact_y, *torch.autograd.grad(exact_y, (exact_x, exact_weight), grad.double()))
     x, grad = arranged(x, case.layout), arranged(grad, case.layout)
-    before = {name: getattr(cuda, name) for name, _ in case.settings}
-    vars(cuda).update(case.settings)
-    try:
+    with _set(case):
         assert cuda.unsupported(x, weight) is None
+        assert (cuda.why_not_boxes(shifts, x, case.stride, case.outs, case.groups) is None) == case.boxes
         common = (shifts, case.stride, case.groups)
         maps = {
             "forward": lambda: cuda.forward(x, weight, *common, exact_y.shape[2:]),
@@ -155,5 +173,3 @@ def errors(case: Case) -> dict[str, float]:
             # No tap on the image: all must be zero.
             found[name] = float(difference.max() / (scale if scale > 0 else 1)) if difference.numel() else 0.0
         return found
-    finally:
-        vars(cuda).update(before)

@@ -1,7 +1,8 @@
 """Faults that a kernel could have, each with a layer of several tiles that has to show it.
 
 A fault is one place of one kernel's source, changed. Masks are dropped where the image lies within a larger one of
-NaNs, so that what is read outside is certain to be seen.
+NaNs, or by one pixel: what is read outside is certain to be seen, and within the memory of the process. The kernels of
+boxes have no masks but these: what their descriptors cut off is done by the hardware.
 """
 
 from __future__ import annotations
@@ -55,5 +56,58 @@ DEPTHWISE_WEIGHT = (
     ("mask dropped", "mask=inside & live,", f"mask={OUTSIDE},", DEPTHWISE),
     ("first block of channels again", "% row_blocks * BC", "% row_blocks * 0", DEPTHWISE_LAST),
 )
-FAULTS = {"implicit_gemm": PRODUCT, "weight_gemm": WEIGHT, "tap_sum": SUM, "tap_weight": DEPTHWISE_WEIGHT}
+BLOCKS, STRIDED, NARROW = "three blocks, sliced", "three blocks, strided", "window wider than the map, sliced"
+PARTS = "three blocks, strided channels_last"
+BY_BLOCKS, HALVES = "depthwise by blocks, channels_last", "depthwise, half a block a program, sliced"
+
+BOX_PRODUCT = (
+    ("shift negated", "row + (shift >> 16)", "row - (shift >> 16)", BLOCKS),
+    ("shift without its sign", "((shift << 16) >> 16)", "(shift & 0xFFFF)", BLOCKS),
+    ("step left out", "tl.minimum(s + 1, stop - 1)", "tl.minimum(s + 2, stop - 1)", BLOCKS),
+    ("tile off by a row", "row = tile_y * BH", "row = tile_y * (BH + 1)", BLOCKS),
+    ("list of another tile", "* column_tiles + tile_x)", "* column_tiles)", NARROW),
+    ("list of another block", "n0 // per_pattern * parts", "0 * parts", BLOCKS),
+    ("first image again", "rest // row_tiles * BB", "rest // row_tiles * 0", NARROW),
+    ("first block of outputs again", "program % n_blocks * BN", "program % n_blocks * 0", BLOCKS),
+    ("row within the stride lost", "place >> 24", "0", STRIDED),
+    ("column part lost", "part % COLUMN_PARTS * outs", "0 * outs", PARTS),
+)
+BOX_WEIGHT = (
+    ("chunk starts off by one tile", "range(split,", "range(split + 1,", BLOCKS),
+    ("chunk ends off by one image tile", "met * image_tiles", "met * (image_tiles - 1)", NARROW),
+    ("tile read ahead is another's", "(i + splits) % met", "(i + splits + 1) % met", BLOCKS),
+    ("shift negated", "column + dx", "column - dx", BLOCKS),
+    ("mask off by one", "(n < outs)", "(n < outs - 1)", BLOCKS),
+    ("first block of inputs again", "// n_blocks % c_blocks * BC", "// n_blocks % c_blocks * 0", BLOCKS),
+)
+BOX_DEPTHWISE = (
+    ("shift negated", "row * stride_y + tl", "row * stride_y - tl", BY_BLOCKS),
+    ("mask of rows off by one", "row < out_height", "row < out_height - 1", BY_BLOCKS),
+    ("taps of the first block", "c0 // per_block * taps", "0 * taps", BY_BLOCKS),
+    ("first block of channels again", "program % c_blocks * BC", "program % c_blocks * 0", BY_BLOCKS),
+    ("first tile again", "_pixels(program // c_blocks,", "_pixels(program // c_blocks * 0,", HALVES),
+)
+BOX_SHIFTED = (
+    ("mask dropped before", "(column >= 0)", "(column >= -1)", BY_BLOCKS),
+    ("mask dropped behind", "(column < width)", "(column < width + 1)", HALVES),
+)
+BOX_DEPTHWISE_WEIGHT = (
+    ("chunk starts off by one tile", "range(tl.program_id(1),", "range(tl.program_id(1) + 1,", BY_BLOCKS),
+    ("chunk ends off by one tile", "tiles, tl.num", "tiles - 1, tl.num", BY_BLOCKS),
+    ("shift negated", "u + x2", "u - x2", BY_BLOCKS),
+    ("mask dropped", "(column < out_width)", "(column < out_width + 1)", HALVES),
+    ("third tap is the second", "tl.minimum(t0 + 2,", "tl.minimum(t0 + 1,", HALVES),
+    ("first block of channels again", "c0 = program % c_blocks * BC", "c0 = program % c_blocks * 0", BY_BLOCKS),
+)  # fmt: skip
+FAULTS = {
+    "implicit_gemm": PRODUCT,
+    "weight_gemm": WEIGHT,
+    "tap_sum": SUM,
+    "tap_weight": DEPTHWISE_WEIGHT,
+    "product": BOX_PRODUCT,
+    "weight_product": BOX_WEIGHT,
+    "depthwise_sum": BOX_DEPTHWISE,
+    "_shifted": BOX_SHIFTED,
+    "depthwise_weight": BOX_DEPTHWISE_WEIGHT,
+}
 MUTANTS = [Mutant(kernel, *fault) for kernel, faults in FAULTS.items() for fault in faults]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.kernels.interpreted import errors, errors_of_mutant, interpreting, wrong
 from tests.kernels.mutants import MUTANTS, Mutant
-from tests.kernels.tiles import FAST, several_tiles
+from tests.kernels.tiles import FAST, drawn_blocks, several_tiles
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CASES = several_tiles()
@@ -28,6 +28,14 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 def test_layers_of_several_tiles_agree_with_the_scattered_kernel(name: str, interpreter: ProcessPoolExecutor) -> None:
     found = interpreter.submit(errors, CASES[name]).result(timeout=600)
     assert not wrong(found, CASES[name]), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_layers_of_blocks_drawn_at_random_agree(seed: int, interpreter: ProcessPoolExecutor) -> None:
+    case = drawn_blocks(seed)
+    found = interpreter.submit(errors, case).result(timeout=600)
+    assert not wrong(found, case), (case, found)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.kernel}, {m.fault}")

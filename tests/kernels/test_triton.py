@@ -16,10 +16,11 @@ import torch
 
 from tests.kernels import offline
 from tests.kernels.interpreted import ROUNDING, Case, errors, interpreting, wrong
-from widerf.kernels import cuda
+from widerf.kernels import cuda, device
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-SMALLEST_SHARED = 99 * 1024  # bytes per block on the 8.x GPUs that have least; 163 KiB on sm_80, 227 KiB on sm_90
+SHARED_90 = 227 * 1024  # bytes per block on sm_90
+SMALLEST_SHARED = 99 * 1024  # bytes per block on the 8.x GPUs that have least; 163 KiB on sm_80
 
 CASES = {
     "one pattern, blocks of channels share a tap": Case(rows=(0,) * 32, outs=5),
@@ -110,19 +111,34 @@ def test_a_tap_in_the_wrong_place_would_be_seen() -> None:
     assert (right - wrong).abs().max() / right.abs().max() > 10 * max(ROUNDING.values())
 
 
-def check_compiled(kind: str, channels_last: bool, architecture: int, keep: tuple[str, ...] = ()) -> None:
-    for launch, layer in offline.variants(kind, channels_last).items():
-        if keep and not (layer in keep and launch.name.split()[0] in ("implicit_gemm", "tap_sum", "weight_gemm")):
+def check_compiled(
+    kind: str, channels_last: bool, architecture: int, layers: tuple[str, ...] = (), kernels: tuple[str, ...] = ()
+) -> None:
+    chosen = offline.variants(kind, channels_last, architecture).items()
+    for launch, layer in chosen:
+        kernel = launch.name.split()[0]
+        if (layers and layer not in layers) or (kernels and kernel not in kernels):
             continue
         needs = offline.compiled(launch, architecture)
         # Up to 16 bytes are ptxas's own with 64-bit addresses: it takes them with half of the registers unused.
         own = 16 if " BIG " in launch.name and needs.registers <= 128 else 0
         assert needs.stack <= own, (layer, launch.name, needs.registers, needs.stack)
         assert 0 < needs.registers <= 255
-        assert needs.shared <= SMALLEST_SHARED, (layer, launch.name, needs.shared)
-        if "gemm" in launch.name:
+        most = SHARED_90 if launch.by_descriptors else SMALLEST_SHARED
+        assert needs.shared <= most, (layer, launch.name, needs.shared)
+        if "gemm" in launch.name or launch.by_descriptors:
             tensor_core = "mma" in needs.assembly
             assert tensor_core == (kind != "float32"), (layer, launch.name)
+        if launch.by_descriptors:
+            check_pipelined(launch, needs, kind)
+
+
+def check_pipelined(launch: offline.Launch, needs: offline.Needs, kind: str) -> None:
+    """Boxes are copied by the hardware while a warp group multiplies: of n stages n − 1 wait in shared memory."""
+    assert needs.bulk_copies >= 2, launch.name
+    assert launch.stages >= 3, launch.name
+    assert needs.shared >= (launch.stages - 1) * launch.bytes_of_step, (launch.name, needs.shared)
+    assert (needs.wgmma > 0) == (kind != "float32"), launch.name
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +153,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
 def test_kernels_of_a_shared_pattern_compile_without_spills(architecture: int) -> None:
-    check_compiled("bfloat16", True, architecture, keep=("shared",))
+    check_compiled("bfloat16", True, architecture, ("shared",), ("implicit_gemm", "tap_sum", "weight_gemm"))
+
+
+@needs_triton
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("kind", ["bfloat16", "tf32"])
+def test_products_of_boxes_are_pipelined_by_the_hardware(kind: str) -> None:
+    check_compiled(kind, True, 90, ("128 at 28², blocks of 64", "512 at 7², blocks of 32"))
 
 
 @needs_triton
@@ -177,6 +200,6 @@ def test_importing_the_library_does_not_import_triton_nor_need_it() -> None:
 
 def test_precision_follows_the_convolutions_of_pytorch() -> None:
     with torch.backends.cudnn.flags(allow_tf32=True):
-        assert cuda._precision(torch.float32) == "tf32"
+        assert device.precision(torch.float32) == "tf32"
     with torch.backends.cudnn.flags(allow_tf32=False):
-        assert cuda._precision(torch.float32) == "ieee"
+        assert device.precision(torch.float32) == "ieee"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from widerf.kernels import cpu
 from widerf.kernels.cpu import VARIABLE
@@ -17,6 +18,8 @@ from widerf.report import Report
 
 HALF = (torch.bfloat16, torch.float16)
 STOCK = "PyTorch's operators"
+BY_BOXES, GATHERED = "Triton, by boxes", "Triton, gathered"
+OTHER_TAPS = "cuda, other groupings of the taps"
 
 
 @lru_cache(maxsize=64)
@@ -81,6 +84,11 @@ def _force(choice: str) -> None:
     cpu.chosen()
 
 
+def shown(kind: str) -> str:
+    """Return what `path` found in words."""
+    return {"torch": STOCK, "cuda": "Triton", "cpu": f"C++ for {(cpu.chosen() or ('',))[0]}"}[kind]
+
+
 @dataclass(frozen=True)
 class Path:
     """What computes one kind of tensors, and why."""
@@ -97,11 +105,48 @@ class Info(Report[Path]):
     columns: ClassVar[Mapping[str, str | Callable[[Any], object]]] = {"tensors": "name", "path": "path", "why": "why"}
 
 
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _on_cuda(name: str) -> list[Path]:
+    """Return the rows for CUDA: layers whose taps come in blocks, and the others."""
+    if not torch.cuda.is_available():
+        return [Path(n, STOCK, "no CUDA device here") for n in (name, OTHER_TAPS)]
+    kind, why = path(torch.device("cuda"), torch.float32, 2)
+    if kind != "cuda":
+        return [Path(n, shown(kind), why) for n in (name, OTHER_TAPS)]
+    new = torch.cuda.get_device_capability() >= (9, 0)
+    fast = "neighbouring channels share their taps: blocks of 16, 32 or 64"
+    old = "only depthwise layers: tensor descriptors need compute capability 9.0"
+    return [Path(name, BY_BOXES, fast if new else old), Path(OTHER_TAPS, GATHERED, "right, several times slower")]
+
+
+def path_of(layer: Any, input: Tensor) -> Path:
+    """Say what computes a sparse layer on such an input, and why nothing faster does.
+
+    Args:
+        layer: a `SparseConv1d`, `SparseConv2d` or `SparseConv3d`.
+        input: a tensor as the layer will get it; its device and the autocast in force count.
+
+    Raises:
+        TypeError: if ``layer`` is no sparse layer or ``input`` no tensor.
+
+    Example:
+        >>> from widerf import SparseConv3d
+        >>> path_of(SparseConv3d(4, 4, 3, seed=0), torch.zeros(1, 4, 9, 9, 9)).path
+        "PyTorch's operators"
+    """
+    return Path(type(layer).__name__, *describe(layer, input))
+
+
 def info() -> Info:
     """Say which kernels compute sparse convolutions here, and why.
 
     C++ kernels are chosen by the instruction sets of the processor; the environment variable ``WIDERF_KERNELS``, read
     once, forces one of them ("avx512", "avx2", "plain") or PyTorch's operators ("torch"), on every device.
+    On CUDA a layer is fast where channels share their taps in blocks of 16, 32 or 64 neighbours ("Triton, by boxes");
+    the others are right and several times slower ("Triton, gathered"): `path_of` says which path a layer gets.
     ``torch.compile`` uses the kernels too. Exporters, tracers, ``torch.func`` and forward-mode derivatives always get
     PyTorch's operators, and layers whose taps are one grid are PyTorch's own dilated convolution on every path.
 
@@ -111,25 +156,24 @@ def info() -> Info:
     Example:
         >>> table = info()
         >>> [row.name for row in table]
-        ['cpu float32', 'cpu bfloat16, float16', 'cuda float32, bfloat16, float16', '3 axes, float64, other devices']
+        ['cpu float32', 'cpu bfloat16, float16', 'cuda float32, bfloat16, float16', 'cuda, other groupings of the taps',
+         '3 axes, float64, other devices']
         >>> table["3 axes, float64, other devices"].path
         "PyTorch's operators"
     """
     rows = []
-    for device, dtypes in (("cpu", (torch.float32,)), ("cpu", HALF), ("cuda", (torch.float32, *HALF))):
-        name = f"{device} {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
-        if device == "cuda" and not torch.cuda.is_available():
-            rows.append(Path(name, STOCK, "no CUDA device here"))
-            continue
-        kind, why = path(torch.device(device), dtypes[0], 2)
-        shown = {"torch": STOCK, "cuda": "Triton", "cpu": f"C++ for {(cpu.chosen() or ('',))[0]}"}[kind]
+    for dtypes in ((torch.float32,), HALF):
+        kind, why = path(torch.device("cpu"), dtypes[0], 2)
         if kind == "cpu":
             forced = os.environ.get(VARIABLE)
             choice = f"{VARIABLE}={forced}" if forced else f"best of {', '.join(cpu.runnable())}, which this CPU runs"
             why = f"{why}; {choice}" if why else choice
-        rows.append(Path(name, shown, why))
+        rows.append(Path(f"cpu {_names(dtypes)}", shown(kind), why))
+    rows += _on_cuda(f"cuda {_names((torch.float32, *HALF))}")
     rows.append(Path("3 axes, float64, other devices", STOCK, "no compiled kernels for them"))
     return Info(tuple(rows))
 
 
-__all__ = ["info", "use"]
+from widerf.kernels.tuning import describe, tune  # noqa: E402  # it asks this module which path a layer gets
+
+__all__ = ["info", "path_of", "tune", "use"]

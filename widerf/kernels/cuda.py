@@ -1,8 +1,9 @@
-"""The sparse convolution on CUDA: what to launch of `widerf.kernels.triton_kernels`, and with which tables.
+"""The sparse convolution on CUDA: by boxes where channels share their taps, by gathering where they do not.
 
-The three functions compute the bilinear maps of ``csrc/sparse_conv.h``, with its arguments. They were checked with
-Triton's interpreter and compiled for sm_80 and sm_90, but **never run or timed on a GPU**. Triton comes with PyTorch's
-CUDA builds; it is imported by the first call, and a machine without it uses the other paths (see `unsupported`).
+The three functions compute the bilinear maps of ``csrc/sparse_conv.h``, with its arguments. Channels in blocks of equal
+taps go to `widerf.kernels.cuda_boxes` (see `why_not_boxes`); the other layers are gathered pixel by pixel, by
+`widerf.kernels.triton_kernels`, which is right and several times slower. Triton comes with PyTorch's CUDA builds; it
+is imported by the first call, and a machine without it uses the other paths (see `unsupported`).
 
 Convolutions in float32 round their factors to TF32 exactly if PyTorch's own do, that is if
 ``torch.backends.cudnn.conv.fp32_precision == "tf32"`` (before PyTorch 2.9: ``torch.backends.cudnn.allow_tf32``).
@@ -10,7 +11,6 @@ Convolutions in float32 round their factors to TF32 exactly if PyTorch's own do,
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.kernels.cuda_tables import REDUCTION, Tables, read, width_of_tile
+from widerf.kernels import cuda_boxes, device
+from widerf.kernels.cuda_tables import REDUCTION, Tables, read, read_shifts, width_of_tile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COLUMNS = 1 << 23  # float32 numbers of scratch for the columns of the other channels: 32 MiB stay in an L2 cache
 PROGRAMS = 512  # a weight gradient is cut into so many parts at least, if there are pixels enough
 ADDRESSES = 1 << 31  # what a signed 32-bit address holds
+BOXES = True  # whether layers that can be are computed by boxes
 PIXELS = 32  # pixels of one step of the weight gradient
 
 
@@ -31,7 +33,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Say why these kernels cannot take ``x`` (batch, channels, height, width) and ``weight``; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
+    if not x.is_cuda and not (x.device.type == "cpu" and device.interpreted()):
         return f"the input is on {x.device.type}, not on cuda"
     if torch.version.hip:
         return "the kernels have not been compiled for AMD GPUs"
@@ -48,17 +50,19 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _interpreted() -> bool:
-    return type(_kernels().implicit_gemm).__name__ == "InterpretedFunction"
+def why_not_boxes(shifts: Any, x: Tensor, stride: Sequence[int], outs: int, groups: int) -> str | None:
+    """Say why such a layer on tensors like ``x`` is gathered and not computed by boxes; None if it is by boxes.
 
-
-def _precision(dtype: torch.dtype) -> str:
-    """Return Triton's name of the precision in which PyTorch's own convolutions multiply float32."""
-    if dtype != torch.float32:
-        return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    tf32 = conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    Example:
+        >>> shifts = torch.arange(40).repeat_interleave(8).reshape(-1, 1, 2)
+        >>> why_not_boxes(shifts, torch.empty(1, 160, 4, 4), (1, 1), 64, 1)
+        'its channels do not share their taps in blocks of 16, 32 or 64 neighbours'
+    """
+    if not BOXES:
+        return "switched off"
+    if groups == 1 and device.capability(x.device) < (9, 0):
+        return "tensor descriptors need a GPU of compute capability 9.0"
+    return cuda_boxes.why_not(read_shifts(shifts), x.element_size(), stride, outs, groups)
 
 
 def _tiles(dtype: torch.dtype, columns: int, pixels: int, reduction: int) -> dict[str, Any]:
@@ -66,11 +70,11 @@ def _tiles(dtype: torch.dtype, columns: int, pixels: int, reduction: int) -> dic
 
     Full float32 has no tensor cores and gets half the tile; a whole tile of 64 columns needs 8 warps' registers.
     """
-    precision, width = _precision(dtype), width_of_tile(columns)
-    part = 2 if dtype == torch.float32 and precision == "ieee" else 1
+    kind, width = device.precision(dtype), width_of_tile(columns)
+    part = 2 if dtype == torch.float32 and kind == "ieee" else 1
     warps = 8 if width == 64 and part == 1 else 4
     sizes = {"BM": pixels // part, "BN": width, "BK": reduction // part}
-    return {**sizes, "PRECISION": precision, "num_warps": warps, "num_stages": 3}
+    return {**sizes, "PRECISION": kind, "num_warps": warps, "num_stages": 3}
 
 
 def _last(x: Tensor, wanted: bool | None) -> bool:
@@ -82,15 +86,14 @@ def _empty(x: Tensor, shape: Sequence[int], last: bool, dtype: torch.dtype | Non
     return torch.empty(*shape, dtype=dtype or x.dtype, device=x.device, memory_format=form)
 
 
+def _formed(x: Tensor, last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def _big(*tensors: Tensor) -> bool:
     """Say whether an address within one of the tensors, or a tile beyond its end, exceeds 32 bits."""
     far = [sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
     return max(far) + (1 << 20) >= ADDRESSES
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any) -> None:
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[grid](x, *arguments, **options)
 
 
 def _product(
@@ -114,8 +117,8 @@ def _product(
     grid = (-(-pixels // options["BM"]) * len(blocks),)
     sizes = (*x.shape[2:], *y.shape[2:], *stride, *divisor, *x.stride(), *y.stride())
     shape = (pixels, weight.shape[2], weight.shape[1], step)
-    _launch(
-        _kernels().implicit_gemm, grid, x, weight, y, table, blocks, len(blocks), *shape, *sizes,
+    device.launch(
+        _kernels().implicit_gemm, grid, x, x, weight, y, table, blocks, len(blocks), *shape, *sizes,
         CHANNELS_LAST=last, UNIFORM=uniform, DIVIDE=divided, BIG=big,
         WIDEN=not x.is_cuda, **options,
     )  # fmt: skip
@@ -138,8 +141,8 @@ def _sum_taps(
     row_blocks = -(-len(rows) // options["BC"])
     grid = (-(-pixels // options["BM"]) * row_blocks,)
     sizes = (*x.shape[2:], *y.shape[2:], *stride, *divisor, *strides, *y.stride())
-    _launch(
-        _kernels().tap_sum, grid, x, x if weight is None else weight, y, table, rows, len(rows), row_blocks,
+    device.launch(
+        _kernels().tap_sum, grid, x, x, x if weight is None else weight, y, table, rows, len(rows), row_blocks,
         pixels, table.shape[1], *sizes,
         CHANNELS_LAST=last, WEIGHTED=weight is not None, DIVIDE=tuple(divisor) != (1, 1), BIG=_big(x, y), **options,
     )  # fmt: skip
@@ -166,10 +169,13 @@ def forward(
         channels_last: memory format of the result; by default that of ``x``.
     """
     outs, last = weight.shape[0], _last(x, channels_last)
-    tables, taps = read(shifts, x, outs, groups)
+    if x.numel() == 0 or x.shape[0] * outs * out_size[0] * out_size[1] == 0:
+        return _empty(x, (x.shape[0], outs, *out_size), last).zero_()
+    read_at = read_shifts(shifts)
+    if why_not_boxes(shifts, x, stride, outs, groups) is None:
+        return _formed(cuda_boxes.forward(x, weight, read_at, stride, groups, out_size), last)
+    tables, taps = read(read_at, outs, groups, x.device), read_at.taps
     y = _empty(x, (x.shape[0], outs, *out_size), last)
-    if y.numel() == 0:
-        return y
     flat = weight.reshape(outs, -1, taps)
     if x.shape[1] == outs == groups:
         strides = (x.stride(0), x.stride(1), 0, x.stride(2), x.stride(3))
@@ -198,10 +204,13 @@ def grad_input(
     """
     outs, last = weight.shape[0], _last(grad_y, channels_last)
     ins = weight.shape[1] * groups
-    tables, taps = read(shifts, grad_y, outs, groups)
     grad_x = _empty(grad_y, (grad_y.shape[0], ins, *size), last)
     if grad_y.numel() == 0 or grad_x.numel() == 0:
         return grad_x.zero_()
+    read_at = read_shifts(shifts)
+    if why_not_boxes(shifts, grad_y, stride, outs, groups) is None:
+        return _formed(cuda_boxes.grad_input(grad_y, weight, read_at, stride, groups, size), last)
+    tables, taps = read(read_at, outs, groups, grad_y.device), read_at.taps
     g = grad_y
     if ins == outs == groups:
         flat = weight.reshape(outs, taps).contiguous()
@@ -247,19 +256,23 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
     Arguments as in `forward`.
     """
     outs, ins, last = grad_y.shape[1], x.shape[1], _last(x, None)
-    tables, taps = read(shifts, x, outs, groups)
+    read_at = read_shifts(shifts)
+    taps = read_at.taps
     per_group, n, g = ins // groups, outs // groups, grad_y
     pixels = g.shape[0] * g.shape[2] * g.shape[3]
     if pixels * outs * per_group * taps == 0 or x.numel() == 0:
         return x.new_zeros(outs, per_group, taps)
+    if why_not_boxes(shifts, x, stride, outs, groups) is None:
+        return cuda_boxes.grad_weight(x, grad_y, read_at, stride, groups)
+    tables = read(read_at, outs, groups, x.device)
     sizes = (*x.shape[2:], *g.shape[2:], *stride, *x.stride(), *g.stride())
     if ins == outs == groups:
         options = {"BM": 32, "BC": 32} if last else {"BM": 512, "BC": 1}
         row_blocks = -(-ins // options["BC"])
         chunk, splits = _chunks(pixels, options["BM"], row_blocks * taps, ins * taps)
         scratch = x.new_empty(splits, ins, 1, taps, dtype=torch.float32)
-        _launch(
-            _kernels().tap_weight, (row_blocks * taps, splits), x, g, scratch, tables.table, ins, row_blocks,
+        device.launch(
+            _kernels().tap_weight, (row_blocks * taps, splits), x, x, g, scratch, tables.table, ins, row_blocks,
             pixels, chunk, taps, *sizes, CHANNELS_LAST=last, BIG=_big(x, g), **options,
         )  # fmt: skip
         return scratch.sum(0).to(x.dtype)
@@ -268,8 +281,8 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
     k_blocks, n_blocks = -(-per_group * taps // options["BK"]), -(-n // options["BN"])
     chunk, splits = _chunks(pixels, options["BM"], k_blocks * n_blocks * groups, outs * per_group * taps)
     scratch = x.new_empty(splits, outs, taps, per_group, dtype=torch.float32)
-    _launch(
-        _kernels().weight_gemm, (k_blocks * n_blocks, groups, splits), x, g, scratch, tables.table,
+    device.launch(
+        _kernels().weight_gemm, (k_blocks * n_blocks, groups, splits), x, x, g, scratch, tables.table,
         pixels, chunk, per_group, taps, k_blocks, n, n_blocks, *sizes,
         CHANNELS_LAST=last, UNIFORM=tables.uniform == 64, BIG=_big(x, g, scratch),
         WIDEN=not x.is_cuda, **options,

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from widerf.kernels.boxes import block_of
 
 REDUCTION = 32  # (tap, channel) pairs of one step of the matrix product
 WIDE = 16  # fewest channels of equal taps whose input gradient is one matrix product: the least width of a tensor core
@@ -18,6 +21,45 @@ WIDE = 16  # fewest channels of equal taps whose input gradient is one matrix pr
 def width_of_tile(columns: int) -> int:
     """Return how many output channels a tile of a matrix product has, of ``columns``."""
     return next((n for n in (16, 32) if columns <= n), 64)
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """Where the taps of a layer read: integers (channels, taps, 2) as bytes, which caches know it by."""
+
+    data: bytes
+    channels: int
+    taps: int
+
+    @functools.cached_property
+    def table(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The integers, (channels, taps, 2)."""
+        return np.frombuffer(self.data, np.int32).reshape(self.channels, self.taps, 2)
+
+    @functools.cached_property
+    def block(self) -> int:
+        """How many neighbouring channels share their taps, see `widerf.kernels.boxes.block_of`; 0: too few."""
+        return block_of(self.table)
+
+    @property
+    def by_block(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The integers of each block, (blocks, taps, 2)."""
+        return self.table[:: self.block]
+
+
+_read: Any = WeakIdKeyDictionary()  # shifts that were read, by the tensor that holds them: (its version, shifts)
+
+
+def read_shifts(shifts: Any) -> Shifts:
+    """Return the shifts that an integer tensor (channels, taps, 2) or nested sequence holds."""
+    tensor = torch.as_tensor(shifts)
+    version, found = _read.get(tensor, (None, None))
+    if found is None or version != tensor._version:
+        integers = tensor.to("cpu", torch.int32).contiguous()
+        found = Shifts(integers.numpy().tobytes(), int(integers.shape[0]), int(integers.shape[1]))
+        _read[tensor] = (tensor._version, found)
+    kept: Shifts = found
+    return kept
 
 
 @dataclass(frozen=True)
@@ -54,8 +96,9 @@ def _segments(table: np.ndarray[Any, Any], per_group: int) -> list[tuple[int, in
 
 
 @functools.lru_cache(maxsize=512)
-def _tables(data: bytes, channels: int, taps: int, groups: int, outs: int, device: torch.device) -> Tables:
-    table = np.frombuffer(data, np.int32).reshape(channels, taps, 2)
+def read(shifts: Shifts, outs: int, groups: int, device: torch.device) -> Tables:
+    """Return the tables of these shifts."""
+    table, channels, taps = shifts.table, shifts.channels, shifts.taps
     per_group, n = channels // groups, outs // groups
     runs = _segments(table, per_group)
     uniform = next((u for u in (64, REDUCTION) if all((b - a) % u == 0 for a, b in runs)), 0)
@@ -82,10 +125,3 @@ def _tables(data: bytes, channels: int, taps: int, groups: int, outs: int, devic
         narrow_table=put(-table[narrow]),
         zero=put([[0, 0]]),
     )
-
-
-def read(shifts: Any, x: Tensor, outs: int, groups: int) -> tuple[Tables, int]:
-    """Return the tables of these shifts, and the number of taps."""
-    integers = torch.as_tensor(shifts).to("cpu", torch.int32).contiguous()
-    channels, taps = int(integers.shape[0]), int(integers.shape[1])
-    return _tables(integers.numpy().tobytes(), channels, taps, groups, outs, x.device), taps

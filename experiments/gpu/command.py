@@ -1,0 +1,123 @@
+"""Do what fits the time, what matters most first; write every row at once; say what was left out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as LateError
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.gpu import layers, race
+from experiments.gpu.page import page
+from experiments.harness.device import machine, pick_device
+from experiments.harness.inputs import InputError
+from experiments.harness.ledger import RESULTS, Ledger
+from experiments.harness.runs import Record, write_whole
+
+LAYERS = 300
+SHARE = 0.3  # of the time for the layers against float64, at most
+COMPILED = 75.0  # seconds that a compiled network has to have left: compiling cannot be stopped
+
+
+class Run:
+    """A run against the clock, its rows on disk as soon as they are there."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        path.unlink(missing_ok=True)
+        self.ledger = Ledger(path, ("part", "heat", "arm"))
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def say(self, row: Record) -> None:
+        """Write a row and show it."""
+        self.ledger.append({"part": "", "heat": "", "arm": ""} | row)
+        shown = {k: v for k, v in row.items() if k not in ("case", "errors", "why")}
+        print(
+            "  ".join(f"{k} {v}" if k not in ("part", "heat", "arm") else str(v) for k, v in shown.items()), flush=True
+        )
+
+    def attempt(self, row: Record, needed: float, rows: Callable[[], Iterator[Record]]) -> None:
+        """Write all of ``rows``, or one that says that there was no time, or what went wrong."""
+        if self.left < needed:
+            self.say(row | {"left out": f"{needed:.0f} s needed, {max(0.0, self.left):.0f} s left"})
+            return
+        try:
+            for found in rows():
+                self.say(found)
+        except Exception as error:  # a run unattended goes on to the next part, whatever this one raised
+            self.say(row | {"failed": f"{type(error).__name__}: {error}"[:300]})
+
+
+def check_layers(run: Run, count: int, device: str, small: bool, seconds: float, workers: int) -> None:
+    """Check layers against float64 in several processes: compiling their kernels is what takes the time."""
+    cases = [layers.draw(seed, small) for seed in range(count)]
+    until = time.monotonic() + seconds
+    done = 0
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pending = {pool.submit(layers.check, case, device): case for case in cases}
+    try:
+        for future in as_completed(pending, timeout=max(1.0, until - time.monotonic())):
+            case = pending[future]
+            row: Record = {"part": "layer", "heat": str(case["seed"]), "case": case}
+            error = future.exception()
+            run.say(row | (future.result() if error is None else {"right": False, "failed": repr(error)[:300]}))
+            done += 1
+    except LateError:
+        pass
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if done < count:
+        run.say({"part": "layer", "heat": "rest", "left out": f"{count - done} of {count} layers: no time"})
+
+
+def kernels(device: torch.device, out: Path, seconds: float, small: bool, count: int) -> Path:
+    """Check and race; return the path of the page."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    stem = "gpu-" + re.sub(r"\W+", "-", name.lower()).strip("-")
+    run = Run(out / f"{stem}.jsonl", seconds)
+    run.say({"part": "machine", "small": small, "seconds": seconds, "name": name} | machine(device))
+    workers = 1 if small else max(1, min(8, (os.cpu_count() or 2) // 2))
+    check_layers(run, count, str(device), small, SHARE * seconds, workers)
+    timed = 0.0 if small else 0.04
+    for heat in race.heats(small):
+        row = {"part": heat.part, "heat": heat.name}
+        run.attempt(row, 0 if small else 10, lambda heat=heat: race.run(heat, device, timed))  # type: ignore[misc]
+    for model, batch, side, compiled in race.networks(small):
+        row = {"part": "network", "heat": f"{model}, {batch}×3@{side}²", "arm": "compiled" if compiled else "eager"}
+        network: Any = (model, batch, side, compiled, device, 5 * timed)
+        needed = 0 if small else COMPILED if compiled else 15
+        run.attempt(row, needed, lambda network=network: iter([race.run_network(*network)]))  # type: ignore[misc]
+    written = out / f"{stem}.md"
+    write_whole(written, page(run.ledger.rows(), run.ledger.path.name))
+    return written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser("experiments.gpu", description="Sparse layers on this machine's GPU.")
+    parser.add_argument("what", choices=["kernels"], help="kernels: layers against float64, then the race")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=285.0, help="for all of it; what does not fit is named")
+    parser.add_argument("--layers", type=int, help=f"how many layers are drawn; default {LAYERS}, 6 with --small")
+    parser.add_argument("--small", action="store_true", help="tiny shapes: does the command work, on any device?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the page")
+    options = parser.parse_args(arguments)
+    if options.seconds <= 0:
+        raise InputError(f"--seconds must be positive, got {options.seconds}")
+    device = pick_device(options.device)
+    if device.type != "cuda" and not options.small:
+        raise InputError(f"--device must be a CUDA device without --small, got {options.device!r}")
+    count = options.layers if options.layers is not None else 6 if options.small else LAYERS
+    print(f"wrote {kernels(device, options.out, options.seconds, options.small, count)}")

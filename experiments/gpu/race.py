@@ -1,0 +1,257 @@
+"""Arms of the race: sparse layers, what people would use instead, and cuDNN's dense layer that all are divided by."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.harness.runs import Record
+from widerf import SparseConv2d, convert, kernels
+
+Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Modules that get one input, timed one after the other; the first is what the others are divided by."""
+
+    part: str
+    shape: tuple[int, int, int]  # batch, channels, side
+    dtype: torch.dtype
+    channels_last: bool
+    arms: tuple[tuple[str, Build], ...]
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        """For people and for the rows."""
+        b, c, n = self.shape
+        form = "channels_last" if self.channels_last else "NCHW"
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        return f"{b}×{c}@{n}², {str(self.dtype).removeprefix('torch.')}, {form}{stride}"
+
+
+def blocks(channels: int, block: int, kernel: int, extent: int, stride: int = 1, depthwise: bool = False) -> Build:
+    """A sparse layer whose neighbouring channels share their taps by ``block``; 0: each has its own."""
+
+    def build() -> nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        patterns = channels // min(block, channels) if block else channels
+        cells = [torch.randperm(extent**2, generator=generator)[: kernel**2] for _ in range(patterns)]
+        offsets = torch.stack([torch.stack([c // extent, c % extent], -1) - extent // 2 for c in cells])
+        groups = channels if depthwise else 1
+        return SparseConv2d(channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False, pattern=offsets)
+
+    return build
+
+
+def plain(channels: int, kernel: int, dilation: int = 1, stride: int = 1, depthwise: bool = False) -> Build:
+    """The dense layer."""
+    groups = channels if depthwise else 1
+    return lambda: nn.Conv2d(
+        channels, channels, kernel, stride, dilation * (kernel // 2), dilation, groups=groups, bias=False
+    )
+
+
+class Deformable(nn.Module):
+    """torchvision's deformable 3×3, its offsets a parameter."""
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3) / channels)
+        self.offsets = nn.Parameter(3 * torch.randn(1, 18, side, side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
+        from torchvision.ops import deform_conv2d
+
+        result: Tensor = deform_conv2d(x, self.offsets.expand(len(x), -1, -1, -1), self.weight, padding=1)
+        return result
+
+
+def _dense(shape: tuple[int, int, int], dtype: torch.dtype, last: bool, wide: bool, stride: int = 1) -> Heat:
+    c = shape[1]
+
+    def default() -> nn.Module:
+        return SparseConv2d(c, c, 3, stride, 1, bias=False, seed=0)
+
+    arms: list[tuple[str, Build]] = [("dense 3×3", plain(c, 3, stride=stride)), ("default pattern", default)]
+    arms += [(f"blocks of {b}, extent 7", blocks(c, b, 3, 7, stride)) for b in (64, 32) if b <= c and c % b == 0]
+    if wide:
+        arms += [
+            ("blocks of 64, extent 15", blocks(c, 64, 3, 15, stride)),
+            ("dilated 3×3", plain(c, 3, 3, stride)),
+            ("a pattern for every channel", blocks(c, 0, 3, 7, stride)),
+        ]
+    return Heat("convolution", shape, dtype, last, tuple(arms), stride)
+
+
+def _depthwise(shape: tuple[int, int, int], last: bool) -> Heat:
+    c = shape[1]
+    arms: list[tuple[str, Build]] = [("dense 3×3", plain(c, 3, depthwise=True))]
+    for k, extent in ((3, 15), (5, 15), (7, 23)):
+        if k > 3:
+            arms.append((f"dense {k}×{k}", plain(c, k, depthwise=True)))
+        arms.append((f"dilated {k}×{k}", plain(c, k, 2, depthwise=True)))
+        arms.append((f"{k * k} taps, blocks of 32", blocks(c, 32, k, extent, depthwise=True)))
+    return Heat("depthwise", shape, torch.bfloat16, last, tuple(arms))
+
+
+def heats(small: bool) -> list[Heat]:
+    """Return all heats, what matters most first."""
+    half, full = torch.bfloat16, torch.float32
+    if small:
+        deformable = (("deform_conv2d", lambda: Deformable(32, 8)),)
+        first = _dense((2, 32, 8), full, True, True)
+        return [
+            Heat(first.part, first.shape, full, True, (*first.arms, *deformable)),
+            _dense((2, 32, 8), full, False, False, 2),
+            _depthwise((2, 32, 8), True),
+        ]
+    four = [(128, 64, 56), (128, 128, 28), (128, 256, 14), (128, 512, 7)]
+    rivals: tuple[tuple[str, Build], ...] = (
+        ("dense 3×3", plain(64, 3)),
+        ("deform_conv2d", lambda: Deformable(64, 56)),
+        ("blocks of 64, extent 15", blocks(64, 64, 3, 15)),
+        ("dense 15×15", plain(64, 15)),
+    )
+    return [
+        *(_dense(shape, half, True, True) for shape in four),
+        _depthwise((64, 96, 56), True),
+        *(_dense(shape, full, True, False) for shape in four),
+        *(_dense(shape, half, False, False) for shape in four),
+        _dense((128, 128, 56), half, True, False, 2),
+        _depthwise((64, 384, 14), True),
+        _depthwise((64, 96, 56), False),
+        Heat("rivals", (32, 64, 56), full, False, rivals),
+    ]
+
+
+def microseconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Return the median time of a call: warm, on the device's own clock where it is a GPU."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=10, rep=int(1e3 * seconds), return_mode="median")) * 1e3
+    call()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[1] * 1e6
+
+
+def time_module(module: nn.Module, x: Tensor, seconds: float) -> Record:
+    """Return microseconds of a forward pass and of forward and backward, and the bytes that the latter adds."""
+    x = x.detach().requires_grad_()
+    wanted = [x, *module.parameters()]
+    with torch.no_grad():
+        up = torch.randn_like(module(x))
+
+    def both() -> None:
+        torch.autograd.grad(module(x), wanted, up, allow_unused=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(x)
+
+    row: Record = {}
+    if x.is_cuda:
+        both()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        row["bytes"] = torch.cuda.max_memory_allocated() - before
+    row["forward"] = round(microseconds(forward, x.device, seconds), 1)
+    row["both"] = round(microseconds(both, x.device, seconds), 1)
+    return row
+
+
+def run(heat: Heat, device: torch.device, seconds: float) -> Iterator[Record]:
+    """Yield a row for each arm; an arm that cannot run says why instead of times."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    b, c, n = heat.shape
+    form = torch.channels_last if heat.channels_last else torch.contiguous_format
+    x = torch.randn(b, c, n, n).to(device, heat.dtype, memory_format=form)
+    first: Record = {}
+    for name, build in heat.arms:
+        row: Record = {"part": heat.part, "heat": heat.name, "arm": name}
+        if name == "deform_conv2d" and importlib.util.find_spec("torchvision") is None:
+            yield row | {"failed": "torchvision is not installed"}
+            continue
+        try:
+            module: Any = build().to(device, heat.dtype, memory_format=form)
+            row |= time_module(module, x, seconds)
+            if isinstance(module, SparseConv2d):
+                path = kernels.path_of(module, x)
+                row |= {"path": path.path, "why": path.why}
+        except RuntimeError as error:
+            yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        first = first or row
+        timed = [key for key in ("forward", "both", "bytes") if key in row]
+        yield row | {f"{key} ratio": round(row[key] / first[key], 3) for key in timed}
+
+
+def networks(small: bool) -> list[tuple[str, int, int, bool]]:
+    """Return (timm model, batch, side, compiled) of the training steps."""
+    if small:
+        return [("test_resnet", 2, 64, False)]
+    return [
+        ("resnet50", 64, 224, False),
+        ("convnext_tiny", 64, 224, False),
+        ("resnet50", 64, 224, True),
+        ("convnext_tiny", 64, 224, True),
+    ]
+
+
+def _paths(model: nn.Module, step: Callable[[], None]) -> Record:
+    """Return how many sparse layers took which path in one step."""
+    found: dict[str, int] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        path = kernels.path_of(module, inputs[0]).path
+        found[path] = found.get(path, 0) + 1
+
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, SparseConv2d)]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _step(model: nn.Module, called: Any, x: Tensor) -> None:
+    """Take a training step, but for the optimiser; ``called`` is the model, or it compiled."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        loss = called(x).float().square().mean()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def run_network(name: str, batch: int, side: int, compiled: bool, device: torch.device, seconds: float) -> Record:
+    """Return milliseconds of a training step, plain and converted, in channels_last; on a GPU under bf16 autocast."""
+    import timm
+
+    x = torch.randn(batch, 3, side, side).to(device, memory_format=torch.channels_last)
+    row: Record = {"part": "network", "heat": f"{name}, {batch}×3@{side}²", "arm": "compiled" if compiled else "eager"}
+    for kind in ("plain", "converted"):
+        model = timm.create_model(name, pretrained=False)
+        if kind == "converted":
+            convert(model, input_size=(3, side, side), seed=0)
+        model = model.to(device, memory_format=torch.channels_last).train()
+        row["layers by path"] = _paths(model, partial(_step, model, model, x))
+        called: Any = torch.compile(model) if compiled else model
+        step = partial(_step, model, called, x)
+        step()
+        row[kind] = round(microseconds(step, device, seconds) / 1e3, 3)
+    row["ratio"] = round(row["converted"] / row["plain"], 3)
+    return row
