@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}")
     line.add_argument("--seeds", type=int, default=4, help="paired seeds, i.e. runs of each arm")
     line.add_argument("--first-seed", type=int, default=0, help="the smallest seed")
-    line.add_argument("--arms", nargs="+", default=list(arms.KINDS), metavar="ARM", help="arms to train")
+    line.add_argument("--arms", nargs="+", default=list(arms.DEFAULT), metavar="ARM", help="arms to train")
     line.add_argument("--strengths", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="strengths of 'widened'")
     line.add_argument("--data-dir", type=Path, default=data.default_dir(), help="folder that holds the images")
     line.add_argument("--radius", type=int, default=4, help="far-pair: distance of the markers from the centre")

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import torch
 
-from experiments.compare.tasks import Task
+from experiments.compare.task import Task
 from experiments.compare.verdict import Row, Verdict, cells
 from experiments.harness.runs import Record, write_whole
 from widerf import ERF
@@ -40,7 +40,7 @@ def write(path: Path, verdict: Verdict, task: Task, settings: Record) -> Path:
         erf_on="validation images" if task.erf_inputs is not None else "N(0, 1) inputs",
         accuracy_on="test" if task.test is not None else "validation",
         seeds=sorted({record["seed"] for record in verdict.records}),
-        minutes=sum(record["seconds"] for record in verdict.records) / 60,
+        minutes=sum(record["seconds"]["run"] for record in verdict.records) / 60,
     )
     write_whole(path, page)
     return path

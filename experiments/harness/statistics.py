@@ -50,3 +50,15 @@ def paired_ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
     with np.errstate(over="ignore"):
         low, mean, high = np.exp([log.low, log.mean, log.high]).tolist()
     return Estimate(mean, low, high, log.n)
+
+
+def restricted_mean(steps: Sequence[float | None], longest: float) -> float:
+    """Area under the Kaplan–Meier curve up to ``longest``; None is a run that had not arrived by then.
+
+    Where every miss is censored at ``longest`` itself it is the mean of min(steps, longest).
+
+    Example:
+        >>> restricted_mean([100.0, 300.0, None], 800)
+        400.0
+    """
+    return math.fsum(longest if step is None else min(step, longest) for step in steps) / len(steps)
