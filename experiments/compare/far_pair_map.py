@@ -2,8 +2,8 @@
 
     python -m experiments.compare.far_pair_map --minutes 60
 
-Does what ``protocol.json`` says, most decisive first, and appends one line a run to ``docs/results/far-pair-map.jsonl``.
-It can be stopped at any time; the same command goes on from there.
+Does what ``protocol.json`` says, most decisive first, and appends one line a run to
+``docs/results/far-pair-map.jsonl``. It can be stopped at any time; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -145,8 +145,7 @@ def main() -> None:
             return
         for record in do(stack, about) if stack.seeds else []:
             ledger.append(record)
-        steps = [record for record in stack.seeds]
-        print(f"{stack.part} {stack.cell} {stack.arm} at {stack.lr:g}: {len(steps)} runs", flush=True)
+        print(f"{stack.part} {stack.cell} {stack.arm} at {stack.lr:g}: {len(stack.seeds)} runs", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def figures(erf: widerf.ERF | None) -> Record | None:
 def one_run(net: nn.Module, task: Task, seed: int, device: torch.device, erf_samples: int) -> Record:
     """Train and measure one network; the record holds everything that the report shows.
 
-    However the run ends, there is a record: ``outcome`` is ``arrived``, ``budget`` or ``diverged``, and ``erf_after`` is
-    None where training left a dead unit.
+    However the run ends, there is a record: ``outcome`` is ``arrived``, ``budget`` or ``diverged``, and ``erf_after``
+    is None where training left a dead unit.
     """
     started = time.perf_counter()
     net.to(device)

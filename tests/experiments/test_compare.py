@@ -17,6 +17,7 @@ from torch import nn
 
 from experiments.compare import arms, tasks
 from experiments.compare.command import main
+from experiments.compare.far_pair import far_pair_batch
 from experiments.compare.verdict import Verdict
 from experiments.harness.inputs import main_guard
 from tests.experiments.images import write_images
@@ -107,7 +108,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "too few classes": (["cifar10", "--data-dir", few], "10 classes"),
         "unknown arm": (
             ["far-pair", "--arms", "he", "wide"],
-            "--arms must be among xavier, he, widened, sparse, got 'wide'",
+            "--arms must be among xavier, he, torch, orthogonal, widened, inverse, shuffled, sparse, dilated, "
+            "got 'wide'",
         ),
         "unknown task": (["far-pear"], "task must be one of far-pair, cifar10, got 'far-pear'"),
         "strength": (["far-pair", "--strengths", "1.5"], "--strengths must be in [0, 1], got 1.5"),
@@ -152,7 +154,7 @@ def test_bad_input_leaves_no_traceback_in_a_process_of_its_own(tmp_path: Path) -
 
 
 def test_arms_of_a_seed_share_one_base_draw() -> None:
-    task = tasks.Task.make("far-pair")
+    task = tasks.make("far-pair")
     built = {arm.name: arm.build(task.network, 3) for arm in arms.choose(arms.KINDS, [0.5])}
     he = dict(built["he"].named_parameters())
     for name, weight in built["sparse"].named_parameters():
@@ -167,7 +169,7 @@ def test_arms_of_a_seed_share_one_base_draw() -> None:
 
 
 def test_every_arm_sees_the_same_data_in_the_same_order() -> None:
-    task = tasks.Task.make("far-pair")
+    task = tasks.make("far-pair")
     first, second = (list(itertools.islice(task.batches(5), 3)) for _ in range(2))
     for (x, y), (u, v) in zip(first, second, strict=True):
         assert torch.equal(x, u)
@@ -179,7 +181,7 @@ def test_every_arm_sees_the_same_data_in_the_same_order() -> None:
 @pytest.mark.parametrize("radius", [1, 4, 6])
 def test_far_pair_is_two_markers_at_opposite_offsets_whose_signs_make_the_label(radius: int) -> None:
     side = 2 * radius + 3
-    images, labels = tasks.far_pair_batch(500, radius, side, torch.Generator().manual_seed(0))
+    images, labels = far_pair_batch(500, radius, side, torch.Generator().manual_seed(0))
     for image, label in zip(images[:, 0], labels, strict=True):
         at = (image.abs() == 3).nonzero() - side // 2
         assert len(at) == 2
@@ -234,14 +236,14 @@ def test_the_sentence_of_one_arm_says_that_there_is_nothing_to_compare() -> None
 
 
 def test_overrides_reach_the_task_and_change_nothing_else() -> None:
-    plain, changed = tasks.Task.make("far-pair"), tasks.Task.make("far-pair", steps=7, lr=None)
+    plain, changed = tasks.make("far-pair"), tasks.make("far-pair", steps=7, lr=None)
     assert changed.steps == 7
     assert dataclasses.replace(plain, steps=7).lr == changed.lr
 
 
 def test_sparse_arms_keep_the_first_layer_dense_and_the_number_of_weights() -> None:
-    task = tasks.Task.make("far-pair")
-    dense, sparse = (arms.Arm("x", sparse=flag).build(task.network, 0) for flag in (False, True))
+    task = tasks.make("far-pair")
+    dense, sparse = (arms.Arm("x", taps=taps).build(task.network, 0) for taps in ("dense", "sparse"))
     assert type(next(iter(sparse.features))) is nn.Conv2d  # type: ignore[arg-type]
     assert sum(p.numel() for p in dense.parameters()) == sum(p.numel() for p in sparse.parameters())
 
