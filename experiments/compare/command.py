@@ -33,7 +33,7 @@ class Job:
     seed: int
     task: str
     data_dir: Path | None
-    radius: int
+    options: tuple[tuple[str, Any], ...]
     overrides: tuple[tuple[str, Any], ...]
     device: str
     erf_samples: int
@@ -44,7 +44,7 @@ class Job:
 
 def work(job: Job) -> Record:
     """Do one run; the record holds no figure that depends on anything but the job, except its duration."""
-    task = tasks.cached(job.task, job.data_dir, job.radius, job.overrides)
+    task = tasks.cached(job.task, job.data_dir, job.options, job.overrides)
     device = torch.device(job.device)
     torch.manual_seed(job.seed)
     net = job.arm.build(task.network, job.seed)

@@ -1,24 +1,41 @@
-"""The protocol of the evidence: one file, written before the runs, whose hash stands in every record."""
+"""The protocols of the evidence: one file each, written before the runs, whose hash stands in every record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PATH = Path(__file__).with_name("protocol.json")
+from experiments.harness.inputs import InputError
+
+FOLDER = Path(__file__).with_name("protocols")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task of the far-pair map: ``depth`` layers, markers at ``radius``, at most ``steps`` steps."""
+    """One task of a protocol.
 
-    depth: int
-    radius: int
+    Attributes:
+        steps: longest training.
+        task: name of the task.
+        options: of that task.
+    """
+
     steps: int
+    task: str = "far-pair"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def said(cls, words: dict[str, Any]) -> Cell:
+        """Read a cell; what is no field of its own is an option of the task."""
+        own = {name: value for name, value in words.items() if name in ("steps", "task", "options")}
+        options = {name: value for name, value in words.items() if name not in own} | own.pop("options", {})
+        return cls(**own, options=options)
+
+    def __str__(self) -> str:
+        return " ".join([self.task, *(f"{name} {value}" for name, value in self.options.items())])
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,11 @@ class Protocol:
     Attributes:
         hash: first 16 hex digits of the SHA-256 of the file.
         choose, confirm: seeds that choose learning rates, and seeds that the figures come from; none is in both.
-        rest: everything that the file says, for the report.
+        by_seed: whether confirming runs go seed by seed (a stopped series has whole pairs) or arm by arm.
+        said: everything that the file says, for the report.
     """
 
+    name: str
     hash: str
     target: float
     baseline: str
@@ -39,7 +58,8 @@ class Protocol:
     rates: tuple[float, ...]
     arms: tuple[str, ...]
     cells: tuple[Cell, ...]
-    rest: dict[str, Any]
+    by_seed: bool
+    said: dict[str, Any]
 
 
 def read(path: Path) -> Protocol:
@@ -47,6 +67,7 @@ def read(path: Path) -> Protocol:
     content = path.read_bytes()
     said = json.loads(content)
     return Protocol(
+        name=said["name"],
         hash=hashlib.sha256(content).hexdigest()[:16],
         target=said["target"],
         baseline=said["baseline"],
@@ -54,12 +75,23 @@ def read(path: Path) -> Protocol:
         confirm=tuple(range(*said["seeds"]["confirm"])),
         rates=tuple(said["rates"]),
         arms=tuple(said["arms"]),
-        cells=tuple(Cell(**cell) for cell in said["cells"]),
-        rest=said,
+        cells=tuple(Cell.said(cell) for cell in said["cells"]),
+        by_seed=said.get("order") == "seeds",
+        said=said,
     )
 
 
-@cache
-def protocol() -> Protocol:
-    """Return the protocol of this project."""
-    return read(PATH)
+def names() -> list[str]:
+    """Return the names of this project's protocols."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def protocol(name: str) -> Protocol:
+    """Return the protocol of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in names():
+        raise InputError(f"protocol must be one of {', '.join(names())}, got {name!r}")
+    return read(FOLDER / f"{name}.json")

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 import widerf
-from experiments.compare import arms, draws, far_pair_map, stacked, training
+from experiments.compare import arms, draws, stacked, study, tasks, training
 from experiments.compare.curve import ARRIVED, BUDGET, DIVERGED, Curve
 from experiments.compare.far_pair import Stack, far_pair
-from experiments.compare.protocol import PATH, Cell, Protocol, protocol, read
-from experiments.harness.ledger import Ledger
+from experiments.compare.protocol import FOLDER, Protocol, names, protocol, read
 
 CPU = torch.device("cpu")
 SOME = arms.choose(["he", "xavier", "torch", "orthogonal", "widened-1", "inverse", "shuffled", "dilated"], [])
@@ -163,7 +162,7 @@ TINY = {
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Protocol:
-    said = json.loads(PATH.read_text()) | TINY
+    said = json.loads((FOLDER / "far-pair.json").read_text()) | TINY
     (tmp_path / "protocol.json").write_text(json.dumps(said))
     return read(tmp_path / "protocol.json")
 
@@ -171,24 +170,24 @@ def tiny(tmp_path: Path) -> Protocol:
 def test_the_map_does_what_the_protocol_says_once_and_goes_on_where_it_was_stopped(
     tiny: Protocol, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path / "map.jsonl", far_pair_map.KEY)
-    for number, stack in enumerate(far_pair_map.plan(tiny, ledger)):
-        for record in far_pair_map.do(stack, tiny):
+    ledger = study.ledger(tiny, tmp_path / "map.jsonl")
+    for number, stack in enumerate(study.plan(tiny, ledger)):
+        for record in study.do(stack, tiny):
             ledger.append(record)
         if number == 2:
             break
     before = ledger.rows()
     half = ledger.path.read_text().splitlines()
     ledger.path.write_text("\n".join(half[:-1]) + "\n")  # as if stopped in the middle of the last stack
-    for stack in far_pair_map.plan(tiny, ledger):
-        for record in far_pair_map.do(stack, tiny) if stack.seeds else []:
+    for stack in study.plan(tiny, ledger):
+        for record in study.do(stack, tiny):
             ledger.append(record)
     rows = ledger.rows()
     assert [(r["part"], r["depth"], r["arm"]) for r in rows] == [
         *[("choose", 2, "he")] * 2, *[("confirm", 2, "he")] * 2, *[("choose", 2, "sparse")] * 2,
         *[("confirm", 2, "sparse")] * 2, *[("confirm", 3, "he")] * 2, *[("confirm", 3, "sparse")] * 2,
     ]  # fmt: skip
-    assert not any(stack.seeds for stack in far_pair_map.plan(tiny, ledger))
+    assert not list(study.plan(tiny, ledger))
     assert {row["protocol"] for row in rows} == {tiny.hash}
     assert {row["seed"] for row in rows if row["part"] == "choose"}.isdisjoint(tiny.confirm)
     for old, new in zip(before, rows, strict=False):
@@ -198,12 +197,12 @@ def test_the_map_does_what_the_protocol_says_once_and_goes_on_where_it_was_stopp
 def test_the_rate_is_the_one_that_arrives_soonest_and_a_miss_counts_as_the_budget(
     tiny: Protocol, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path / "map.jsonl", far_pair_map.KEY)
+    ledger = study.ledger(tiny, tmp_path / "map.jsonl")
     where = {"part": "choose", "depth": 2, "radius": 1, "arm": "he"}
     for seed, (slow, fast) in enumerate([(15, 10), (15, None), (15, 10)]):
         ledger.append({**where, "seed": seed, "lr": 1e-3, "steps_to_target": slow})
         ledger.append({**where, "seed": seed, "lr": 1e-2, "steps_to_target": fast})
-    assert far_pair_map.rate_of("he", tiny, ledger) == 1e-2  # 40/3 steps against 15
+    assert study.rate_of("he", tiny, ledger) == 1e-2  # 40/3 steps against 15
 
 
 def test_a_diverged_run_is_a_record_and_the_others_of_its_stack_go_on() -> None:
@@ -216,10 +215,14 @@ def test_a_diverged_run_is_a_record_and_the_others_of_its_stack_go_on() -> None:
     assert [curve.steps[-1] for curve in curves] == [20, 10, 20]
 
 
-def test_the_protocol_names_arms_that_exist_and_seeds_of_two_kinds() -> None:
-    about = protocol()
+@pytest.mark.parametrize("name", names())
+def test_a_protocol_names_arms_and_tasks_that_exist_and_seeds_of_two_kinds(name: str) -> None:
+    about = protocol(name)
+    assert about.name in (name, "when-to-widen")
     assert [arm.name for arm in arms.choose(about.arms, [])] == list(about.arms)
     assert about.baseline in about.arms
     assert max(about.choose) < 100 <= min(about.confirm)
     assert len(about.confirm) >= 20
-    assert all(isinstance(cell, Cell) and cell.radius <= cell.depth for cell in about.cells)
+    for cell in about.cells:
+        assert cell.task in tasks.TASKS
+        assert list(cell.options) == list(about.cells[0].options)
