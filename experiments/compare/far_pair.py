@@ -70,21 +70,63 @@ def far_pair(radius: int, depth: int = 6) -> Task:
         batches=batches,
         validation=far_pair_batch(500, radius, side, torch.Generator().manual_seed(VALIDATION_SEED)),
         test=None,
-        erf_size=(1, 41, 41),
+        erf_size=(1, 6 * depth + 5, 6 * depth + 5),  # holds the theoretical field of the sparse arm too
         erf_inputs=None,
         target=0.9,
         steps=800,
         every=10,
         stop_at_target=True,
         lr=2e-3,
+        faster=Cone,
     )
+
+
+def margins(side: int, reaches: Sequence[int]) -> list[int]:
+    """Return by how much each layer's input goes beyond what the centre unit of the last map needs; negative: padding.
+
+    The centre unit reads 2·r + 1 units on an axis of the map below r = the sum of the reaches of the layers above.
+
+    Example:
+        >>> margins(11, [1, 1, 1, 1, 1, 1]), margins(11, [1, 1, 1])
+        ([-1, 0, 0, 0, 0, 0], [2, 0, 0])
+    """
+    found, there = [], side
+    for index, reach in enumerate(reaches):
+        wanted = min(side, 2 * sum(reaches[index + 1 :]) + 1)
+        found.append((there - wanted) // 2 - reach)
+        there = wanted
+    return found
+
+
+class Cone(nn.Module):
+    """A far-pair network that computes only the pixels that its answer needs; it shares the network's parameters.
+
+    Example:
+        >>> net, x = far_pair(4).network(nn.Conv2d), torch.randn(5, 1, 11, 11)
+        >>> torch.allclose(Cone(net)(x), net(x), atol=1e-6)
+        True
+    """
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net = net
+        self.convs = [module for module in net.features if not isinstance(module, nn.ReLU)]  # type: ignore[union-attr]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return what the network does."""
+        if not all(isinstance(conv, nn.Conv2d) for conv in self.convs):
+            return self.net(images)  # type: ignore[no-any-return]
+        x, reaches = images, [conv.dilation[0] for conv in self.convs]
+        for conv, margin in zip(self.convs, margins(images.shape[-1], reaches), strict=True):
+            x = F.pad(x, [-margin] * 4) if margin > 0 else x
+            x = F.conv2d(x, conv.weight, conv.bias, padding=max(0, -margin), dilation=conv.dilation).relu_()
+        return self.net.head(x)  # type: ignore[no-any-return,operator]
 
 
 class Stack(nn.Module):
     """S far-pair networks of one shape as one: convolutions of S groups, and only the pixels that the answer needs.
 
-    The centre unit of the last map reads (2l + 1)² units of the map l layers below it, so a layer computes those and no
-    others; what zero padding gives is kept. Element (b, s) of the result equals network s on image (b, s).
+    Element (b, s) of the result equals network s on image (b, s).
 
     Args:
         nets: as ``far_pair().network`` makes them, with ``nn.Conv2d`` of stride 1 in every layer.
@@ -109,12 +151,9 @@ class Stack(nn.Module):
         x, side = images.contiguous(memory_format=torch.channels_last), images.shape[-1]
         *layers, head, bias = self.stacked
         reaches = [conv.dilation[0] for conv in self.convs]
-        for index, reach in enumerate(reaches):
-            wanted = min(side, 2 * sum(reaches[index + 1 :]) + 1)
-            margin = (x.shape[-1] - wanted) // 2 - reach  # of the map that is there, beyond what this layer reads
-            if margin > 0:
-                x = x[..., margin:-margin, margin:-margin]
+        for index, (reach, margin) in enumerate(zip(reaches, margins(side, reaches), strict=True)):
             weight, offset = layers[2 * index].flatten(0, 1), layers[2 * index + 1].flatten()
+            x = F.pad(x, [-margin] * 4) if margin > 0 else x
             x = F.conv2d(x, weight, offset, padding=max(0, -margin), dilation=reach, groups=self.size).relu_()
         units = x.view(len(x), self.size, -1)
         return torch.einsum("bsc,soc->bso", units, head) + bias

@@ -67,7 +67,7 @@ def read(path: Path) -> Protocol:
     content = path.read_bytes()
     said = json.loads(content)
     return Protocol(
-        name=said["name"],
+        name=path.stem,
         hash=hashlib.sha256(content).hexdigest()[:16],
         target=said["target"],
         baseline=said["baseline"],

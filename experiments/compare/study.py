@@ -98,9 +98,6 @@ def do(group: Group, about: Protocol, data_dir: Path | None = None) -> list[Reco
     task = tasks.make(
         cell.task, data_dir=data_dir, options=cell.options, steps=cell.steps, target=about.target, lr=group.lr
     )
-    if cell.task == "far-pair":  # an image that holds the theoretical field is enough, and faster than the task's
-        side = 2 * cell.options["depth"] + 3
-        task = replace(task, erf_size=(1, side, side))
     arm = arms.choose([group.arm], [])[0]
     nets = [arm.build(task.network, seed) for seed in group.seeds]
     before = [erfs(net, task, seed) for net, seed in zip(nets, group.seeds, strict=True)]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import widerf
 from experiments.compare.curve import ARRIVED, Curve
 from experiments.compare.task import Task
+from experiments.harness import distributed
 from experiments.harness.device import StepClock, autocast
 from experiments.harness.runs import Record
 from widerf.errors import ClippedWarning, DeadUnitError
@@ -29,7 +30,7 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor, device: torch.devic
     return right / len(labels)
 
 
-def train(net: nn.Module, task: Task, seed: int, device: torch.device) -> tuple[Curve, float | None]:
+def train(net: nn.Sequential, task: Task, seed: int, device: torch.device) -> tuple[Curve, float | None]:
     """Train with Adam on the batches of ``seed``.
 
     The learning rate falls by a half cosine over ``task.steps``; it stays where it is if the run ends at the target.
@@ -42,17 +43,20 @@ def train(net: nn.Module, task: Task, seed: int, device: torch.device) -> tuple[
     floor = task.lr if task.stop_at_target else 0.0
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps, eta_min=floor)
     curve, clock = Curve(task.target), StepClock(device)
-    net.train()
-    for step, (x, y) in zip(range(1, task.steps + 1), task.batches(seed), strict=False):
+    alone = net if task.faster is None else task.faster(net)
+    model = distributed.spread(alone)
+    model.train()
+    for step, batch in zip(range(1, task.steps + 1), task.batches(seed), strict=False):
+        x, y = map(distributed.share, batch)
         with clock:
             with autocast(device):
-                loss = F.cross_entropy(net(x.to(device)), y.to(device))
+                loss = F.cross_entropy(model(x.to(device)), y.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         if step % task.every == 0 or step == task.steps:
-            curve.look(step, accuracy(net, *task.validation, device), loss.item())
+            curve.look(step, accuracy(alone, *task.validation, device), loss.item())
             if curve.diverged or (task.stop_at_target and curve.outcome == ARRIVED):
                 break
     return curve, clock.seconds_a_step
@@ -90,7 +94,7 @@ def figures(erf: widerf.ERF | None) -> Record | None:
     }
 
 
-def one_run(net: nn.Module, task: Task, seed: int, device: torch.device, erf_samples: int) -> Record:
+def one_run(net: nn.Sequential, task: Task, seed: int, device: torch.device, erf_samples: int) -> Record:
     """Train and measure one network; the record holds everything that the report shows.
 
     However the run ends, there is a record: ``outcome`` is ``arrived``, ``budget`` or ``diverged``, and ``erf_after``

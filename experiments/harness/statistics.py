@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -100,13 +101,16 @@ def restricted_ratio(
 def _bca(
     data: tuple[Array, ...], statistic: Callable[..., Array], value: float, resamplings: int, seed: int
 ) -> tuple[float, float]:
-    if all(np.ptp(each) == 0 for each in data):
+    if all(np.ptp(each) == 0 for each in data) or (len(data) == 2 and np.array_equal(*data)):
         return value, value
-    found = stats.bootstrap(
-        data, statistic, paired=True, vectorized=True, n_resamples=resamplings, method="BCa",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    with warnings.catch_warnings():  # a degenerate bootstrap warns and returns NaN
+        warnings.simplefilter("ignore")
+        found = stats.bootstrap(
+            data, statistic, paired=True, vectorized=True, n_resamples=resamplings, method="BCa",
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+    # BCa has no interval where all resamplings agree but for one pair or so: nothing is known then.
+    return (float(found.low), float(found.high)) if np.isfinite([*found]).all() else (0.0, math.inf)
 
 
 def _restricted(steps: Sequence[float | None], longest: float) -> Array:
