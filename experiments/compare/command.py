@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_jsonl(folder / "results.jsonl", map(_without_maps, records))
     verdict = Verdict(records, target=task.target, longest=task.steps)
     report = page.write(folder / "report.html", verdict, task, settings, protocol("far-pair"))
-    print(f"\n{verdict.headline}\n\n{verdict.sentence}\n\n{table.plain(verdict.rows)}\n")
+    print(f"\n{verdict.headline}\n\n{verdict.sentence}\n\n{table.plain(verdict.rows, not task.stop_at_target)}\n")
     print(f"report: {report}\nresults: {folder / 'results.jsonl'}")
 
 

@@ -40,15 +40,17 @@ def write(path: Path, verdict: Verdict, task: Task, settings: Record, protocol: 
         "Training curves": figures.curves(verdict),
         "Dose and response": figures.doses(verdict.rows),
     }
+    head, *rows = table.lines_of(verdict.rows, not task.stop_at_target)
     page = _template("report.html").render(
         **shared,
-        head=table.HEAD,
-        rows=[table.cells(row) for row in verdict.rows],
+        head=head,
+        rows=rows,
         pictures={title: figures.png(figure) for title, figure in drawn.items() if figure is not None},
         maps=_maps(verdict),
     )
     write_whole(path, page)
-    write_whole(path.with_suffix(".md"), _template("report.md").render(**shared, table=table.markdown(verdict.rows)))
+    text = table.markdown(verdict.rows, not task.stop_at_target)
+    write_whole(path.with_suffix(".md"), _template("report.md").render(**shared, table=text))
     return path
 
 

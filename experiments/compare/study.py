@@ -2,6 +2,7 @@
 
     python -m experiments.compare.study far-pair --minutes 60
     python -m experiments.compare.study plain20 --minutes 60 --data-dir DIR
+    python -m experiments.compare.study far-pair --costs
 
 Appends one line a run to ``docs/results/study-PROTOCOL.jsonl``, most decisive first. It can be stopped at any time; the
 same command goes on from there.
@@ -10,6 +11,7 @@ same command goes on from there.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -144,6 +146,28 @@ def erfs(net: nn.Module, task: Task, seed: int) -> Record | None:
     return {name: round(value, 4) for name, value in of.items()}
 
 
+def costs(about: Protocol, data_dir: Path | None, rounds: int = 7, steps: int = 5) -> Iterator[Record]:
+    """Measure what a training step costs in the first cell by the kind of taps: processor time, in turn, the median.
+
+    Arms that differ in their weights alone do the same work. All take the same road: one network at a time, whole maps.
+    """
+    cell, cpu = about.cells[0], torch.device("cpu")
+    task = tasks.make(cell.task, data_dir=data_dir, options=cell.options, steps=steps, every=steps + 1)
+    task = replace(task, faster=None, validation=(task.validation[0][:1], task.validation[1][:1]))
+    kinds = dict.fromkeys(arm.taps for arm in arms.choose(about.arms, []))
+    nets = {taps: arms.Arm(taps, taps=taps).build(task.network, 0) for taps in kinds}
+    spent: dict[str, list[float]] = {name: [] for name in nets}
+    for _ in range(rounds + 1):  # the first round pays for what is made once
+        for name, net in nets.items():
+            started = time.process_time()
+            training.train(net, task, 0, cpu)
+            spent[name].append((time.process_time() - started) / steps)
+    for name, seconds in spent.items():
+        place = Group("cost", cell, name, 0.0, (0,)).where
+        measured = {"step": round(statistics.median(seconds[1:]), 5), "run": 0.0}
+        yield {**place, "seed": 0, "seconds": measured, "protocol": about.hash, **machine(cpu)}
+
+
 def main() -> None:
     """Do what is missing until the time is up."""
     line = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -151,10 +175,15 @@ def main() -> None:
     line.add_argument("--minutes", type=float, default=60, help="begin nothing after this time")
     line.add_argument("--data-dir", type=Path, default=data.default_dir(), help="folder that holds the images")
     line.add_argument("--out", type=Path, help="default: docs/results/study-PROTOCOL.jsonl")
+    line.add_argument("--costs", action="store_true", help="measure what a step of each arm costs, and nothing else")
     options = line.parse_args()
     torch.set_num_threads(1)
     about, started = protocol(options.protocol), time.monotonic()
     rows = ledger(about, options.out or RESULTS / f"study-{about.name}.jsonl")
+    if options.costs:
+        for record in costs(about, options.data_dir):
+            rows.append(record)
+        return
     for group in plan(about, rows):
         if time.monotonic() - started > 60 * options.minutes:
             print("the time is up; the same command goes on from here")

@@ -34,14 +34,24 @@ def _interval(ratio: Estimate) -> str:
     return f"{ratio.mean:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
-def plain(rows: Sequence[Row]) -> str:
+ACCURACY = ("accuracy, %", "difference, points")  # says nothing where a run ends at its target
+
+
+def lines_of(rows: Sequence[Row], accuracy: bool = True) -> list[tuple[str, ...]]:
+    """Return the head and the rows, without the columns on accuracy if they say nothing."""
+    kept = [i for i, name in enumerate(HEAD) if accuracy or name not in ACCURACY]
+    return [tuple(line[i] for i in kept) for line in (HEAD, *map(cells, rows))]
+
+
+def plain(rows: Sequence[Row], accuracy: bool = True) -> str:
     """Return the rows as columns for a terminal."""
-    lines = [HEAD, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    lines = lines_of(rows, accuracy)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], accuracy: bool = True) -> str:
     """Return the rows as a table in Markdown."""
-    lines = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
+    head, *others = lines_of(rows, accuracy)
+    lines = [head, ("---",) * len(head), *others]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

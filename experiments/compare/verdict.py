@@ -114,7 +114,8 @@ class Verdict:
         """Return the steps to the target by seed; a run that never arrived counts as the longest training."""
         return [_capped(record, self.longest) for record in self.of(arm)]
 
-    def _accuracy(self, record: Record) -> float:
+    def accuracy(self, record: Record) -> float:
+        """Return the final accuracy in percent: on the test images where there are some."""
         test: float | None = record.get("test_accuracy")
         return 100 * (record["accuracy"] if test is None else test)
 
@@ -136,7 +137,7 @@ class Verdict:
             diverged=sum(record.get("outcome") == DIVERGED for record in records),
             dead=sum(record["erf_after"] is None and record.get("outcome") != DIVERGED for record in records),
             n=len(records),
-            accuracy=statistics.fmean(map(self._accuracy, records)),
+            accuracy=statistics.fmean(map(self.accuracy, records)),
             std_before=_mean([_std(record, "before") for record in records]),
             std_after=_mean([_std(record, "after") for record in records]),
             **dict.fromkeys(
@@ -158,7 +159,7 @@ class Verdict:
             "p": sign_flip(*logs),
             "seconds_ratio": _in_seconds(ratio, new, old),
             "accuracy_difference": paired_difference(
-                [self._accuracy(record) for record in new], [self._accuracy(record) for record in old]
+                [self.accuracy(record) for record in new], [self.accuracy(record) for record in old]
             ),
             **{
                 f"std_ratio_{when}": paired_ratio([_std(r, when) for r in new], [_std(r, when) for r in old])
