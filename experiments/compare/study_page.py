@@ -162,9 +162,9 @@ def _judgement(about: Protocol, verdicts: Sequence[tuple[Cell, Verdict]]) -> str
     return "## The harness, judged by itself\n\n" + (
         f"{JUDGED} series of {len(about.confirm)} pairs, drawn from the {len(steps)} runs of {about.baseline}\n"
         f"({cell}) that arrived and paired at random: the test rejects in {small.false_alarms:.1%}. With a ratio of\n"
-        f"0.9 put in, the interval holds it in {small.covered:.1%} and the test finds it in {small.found:.1%}; with 0.75 in\n"
-        f"{large.covered:.1%} and {large.found:.1%}. Runs paired at random scatter more than runs of one seed do, so\n"
-        "this is the harder case."
+        f"0.9 put in, the interval holds it in {small.covered:.1%} and the test finds it in {small.found:.1%}; with\n"
+        f"0.75 in {large.covered:.1%} and {large.found:.1%}. Runs paired at random scatter more than runs of one\n"
+        "seed, so this is the harder case."
     )
 
 

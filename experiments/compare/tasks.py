@@ -70,32 +70,36 @@ def cifar10(data_dir: Path | None) -> Task:
 
 
 def plain20(data_dir: Path | None, kernel: int = 3, width: int = 16, stem: int = 1) -> Task:
-    """Build plain-20 of He et al. (2016, § 4.2) on CIFAR-10, without batch normalisation and without shortcuts.
+    """Build plain-20 on CIFAR-10, see :func:`plain20_network`."""
+    return _on_cifar10(data_dir, "plain20", plain20_network(kernel, width, stem), target=0.3, steps=400)
+
+
+def plain20_network(kernel: int = 3, width: int = 16, stem: int = 1) -> Callable[[Conv], nn.Sequential]:
+    """Build plain-20 of He et al. (2016, § 4.2), without batch normalisation and without shortcuts.
 
     Args:
-        data_dir: folder that holds the images.
         kernel: taps on an axis of every convolution.
         width: channels of the first of three scales; the others have twice and four times as many.
         stem: stride of the first layer; 1 as in the paper, 2 for a quarter of the multiplications.
+
+    Raises:
+        InputError: an even kernel, or one of a single tap.
     """
     if kernel % 2 == 0 or kernel < 3:
-        raise InputError(f"kernel must be odd and at least 3, got {kernel}")
+        raise InputError(f"--kernel must be odd and at least 3, got {kernel}")
 
     def network(conv: Conv) -> nn.Sequential:
         layers: list[nn.Module] = []
         channels = 3
-        for scale in range(3):
-            for index in range(7 if scale == 0 else 6):
-                first = index == 0
-                stride = stem if first and scale == 0 else 2 if first else 1
-                outer = width * 2**scale
-                layers += [conv(channels, outer, kernel, stride=stride, padding=kernel // 2), nn.ReLU()]
-                channels = outer
-        return named(
-            nn.Sequential(*layers), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-        )
+        for index in range(19):
+            scale, first = (0, index == 0) if index < 7 else ((index - 1) // 6, (index - 1) % 6 == 0)
+            stride, outer = (stem if index == 0 else 2 if first else 1), width * 2**scale
+            layers += [conv(channels, outer, kernel, stride=stride, padding=kernel // 2), nn.ReLU()]
+            channels = outer
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+        return named(nn.Sequential(*layers), head)
 
-    return _on_cifar10(data_dir, "plain20", network, target=0.3, steps=400)
+    return network
 
 
 def _on_cifar10(

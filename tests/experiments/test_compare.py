@@ -110,7 +110,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
             "--arms must be among xavier, he, torch, orthogonal, widened, inverse, shuffled, sparse, dilated, "
             "got 'wide'",
         ),
-        "unknown task": (["far-pear"], "task must be one of far-pair, cifar10, got 'far-pear'"),
+        "unknown task": (
+            ["far-pear"],
+            "task must be one of far-pair, cifar10, plain20, or module:callable, got 'far-pear'",
+        ),
         "strength": (["far-pair", "--strengths", "1.5"], "--strengths must be in [0, 1], got 1.5"),
         "seeds": (["far-pair", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         "radius": (["far-pair", "--radius", "9"], "--radius must be from 1 to 6"),
