@@ -61,7 +61,7 @@ def plan(about: Protocol, rows: Ledger) -> Iterator[Group]:
     """Yield what is missing: rates and first cell arm by arm, then the other cells; or rates, then seed by seed."""
     first, *others = about.cells
     for arm in about.arms:
-        for lr in about.rates:
+        for lr in about.rates if about.choose else ():
             yield from _missing(rows, Group("choose", first, arm, lr, about.choose))
         if not about.by_seed:
             yield from _missing(rows, Group("confirm", first, arm, rate_of(arm, about, rows), about.confirm))
@@ -83,6 +83,8 @@ def rate_of(arm: str, about: Protocol, rows: Ledger) -> float:
 
     For a task that ends at its target that is the restricted mean of the steps, else the accuracy at full budget.
     """
+    if len(about.rates) == 1:
+        return about.rates[0]
     tried = [row for row in rows.rows() if row["part"] == "choose" and row["arm"] == arm]
 
     def loss(lr: float) -> float:

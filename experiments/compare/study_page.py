@@ -137,6 +137,8 @@ def _accuracy(cell: Cell, verdict: Verdict) -> str:
 
 
 def _rates(about: Protocol, rows: Ledger) -> str:
+    if not about.choose:
+        return f"## Learning rate\n\n{about.rates[0]:g} in every arm. {about.said['why']}"
     lines = []
     for arm in about.arms:
         tried = [row for row in rows.rows() if row["part"] == "choose" and row["arm"] == arm]
