@@ -44,8 +44,9 @@ def _axes(xlabel: str, ylabel: str, height: float = 3.8) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, where: str) -> None:
-    axes.legend(loc=where, fontsize="small", labelcolor=INK, framealpha=0)
+def _legend(figure: Figure) -> None:
+    """Name the lines below the axes, where no line is hidden."""
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", labelcolor=INK, frameon=False)
 
 
 def forest(rows: Sequence[Row], baseline: str) -> Figure:
@@ -81,7 +82,7 @@ def curves(verdict: Verdict) -> Figure:
             axes.plot(steps, record["curve"]["accuracy"], color=f"C{number % 10}", alpha=0.2, linewidth=0.7)
         axes.plot(longest, table.mean(0), color=f"C{number % 10}", linewidth=2.2, label=arm)
     axes.axhline(verdict.target, color=INK, linestyle=":", linewidth=1)
-    _legend(axes, "lower right")
+    _legend(figure)
     return figure
 
 
@@ -100,7 +101,7 @@ def waiting(verdict: Verdict) -> Figure:
         heights = np.concatenate([[1.0], curve.share[inside]])
         axes.step(edges, [*heights, heights[-1]], where="post", color=f"C{number % 10}", linewidth=2, label=arm)
     axes.set_ylim(0, 1.03)
-    _legend(axes, "upper right")
+    _legend(figure)
     return figure
 
 
