@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
 from torch import nn
 
 import widerf
+from experiments.compare import draws
 from experiments.harness.inputs import InputError
 
-KINDS = ("xavier", "he", "widened", "sparse")
+#: Kinds that stand for one arm a strength.
+BY_STRENGTH = ("widened", "inverse", "shuffled")
+KINDS = ("xavier", "he", "torch", "orthogonal", *BY_STRENGTH, "sparse", "dilated")
+DEFAULT = ("xavier", "he", "widened", "sparse")
 
 
 @dataclass(frozen=True)
@@ -20,30 +25,32 @@ class Arm:
 
     Attributes:
         name: in tables and files, e.g. ``widened-0.5``.
-        xavier: base draw by Xavier instead of He; both use the same normal numbers.
-        strength: strength of ``widerf.init.apply`` after the draw; None leaves the draw alone.
-        sparse: build the 3×3 layers after the first as ``SparseConv2d`` with its default pattern.
+        base: draw of the weights, one of ``draws.BASES``; all bases use the same normal numbers.
+        profile: what is done to the taps after the draw: ``widened`` (``widerf.init.apply``) or one of its controls,
+            ``inverse`` (centre-weighted) and ``shuffled`` (the same factors on random taps); None leaves them alone.
+        strength: of the profile.
+        taps: ``dense``; ``sparse``: the 3×3 layers after the first are ``SparseConv2d`` with its default pattern;
+            ``dilated``: spacings that grow with depth from 1 to 2.
     """
 
     name: str
-    xavier: bool = False
-    strength: float | None = None
-    sparse: bool = False
+    base: str = "he"
+    profile: str | None = None
+    strength: float = 0.0
+    taps: str = "dense"
 
     def build(self, network: Callable[[Callable[..., nn.Module]], nn.Sequential], seed: int) -> nn.Sequential:
         """Return the network of this arm; arms with the same seed share one base draw."""
-        net = network(_sparse_after_first(seed) if self.sparse else nn.Conv2d)
-        generator = torch.Generator().manual_seed(seed)
-        for module in net.modules():
-            if isinstance(module, (nn.Conv2d, widerf.SparseConv2d, nn.Linear)):
-                if self.xavier:
-                    nn.init.xavier_normal_(module.weight, generator=generator)
-                else:
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if self.strength is not None:
+        net = network(_sparse_after_first(seed) if self.taps == "sparse" else nn.Conv2d)
+        if self.taps == "dilated":
+            _dilate(net)
+        draws.draw(net, self.base, seed)
+        if self.profile == "widened":
             widerf.init.apply(net, self.strength)
+        elif self.profile == "inverse":
+            draws.reweight(net, partial(draws.centre_weighted, strength=self.strength))
+        elif self.profile == "shuffled":
+            draws.reweight(net, draws.shuffled(self.strength, seed))
         return net
 
 
@@ -51,37 +58,58 @@ def _sparse_after_first(seed: int) -> Callable[..., nn.Module]:
     """Return a factory of layers: the first call gives a dense one (stems want local taps), the others SparseConv2d."""
     count = 0
 
-    def conv(*args: int, **options: int) -> nn.Module:
+    def conv(*args: int, **options: Any) -> nn.Module:
         nonlocal count
         count += 1
-        return (
-            nn.Conv2d(*args, **options)
-            if count == 1
-            else widerf.SparseConv2d(*args, **options, seed=100 * seed + count)
-        )  # type: ignore[arg-type]
+        if count == 1:
+            return nn.Conv2d(*args, **options)
+        return widerf.SparseConv2d(*args, **options, seed=100 * seed + count)
 
     return conv
 
 
+def _dilate(net: nn.Module) -> None:
+    """Space the taps of the second half of the stride-1 layers by 2; behind a stride a spacing would skip pixels."""
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1]
+    for conv in convs[len(convs) // 2 :]:
+        if conv.stride == (1, 1):
+            conv.dilation, conv.padding = (2, 2), tuple(2 * int(p) for p in conv.padding)
+
+
 def choose(kinds: Sequence[str], strengths: Sequence[float]) -> list[Arm]:
-    """Return the arms of these kinds; ``widened`` stands for one arm a strength.
+    """Return the arms of these kinds; ``widened`` stands for one arm a strength, its controls for strength 0.5.
+
+    A name with its strength, such as ``inverse-0.25``, stands for that arm alone.
 
     Raises:
         InputError: unknown kind, or a strength outside [0, 1].
 
     Example:
-        >>> [arm.name for arm in choose(["he", "widened"], [0.25, 0.5])]
-        ['he', 'widened-0.25', 'widened-0.5']
+        >>> [arm.name for arm in choose(["he", "widened", "inverse"], [0.25, 0.5])]
+        ['he', 'widened-0.25', 'widened-0.5', 'inverse-0.5']
+        >>> choose(["widened-1"], [])
+        [Arm(name='widened-1', base='he', profile='widened', strength=1.0, taps='dense')]
     """
     arms: list[Arm] = []
-    for kind in dict.fromkeys(kinds):
-        if kind not in KINDS:
-            raise InputError(f"--arms must be among {', '.join(KINDS)}, got {kind!r}")
-        if kind == "widened":
-            for strength in dict.fromkeys(strengths):
+    for name in dict.fromkeys(kinds):
+        kind, _, number = name.partition("-")
+        if kind not in KINDS or (number and kind not in BY_STRENGTH):
+            raise InputError(f"--arms must be among {', '.join(KINDS)}, got {name!r}")
+        if kind in BY_STRENGTH:
+            given = [_strength(number)] if number else strengths if kind == "widened" else [0.5]
+            for strength in dict.fromkeys(given):
                 if not 0 <= strength <= 1:
                     raise InputError(f"--strengths must be in [0, 1], got {strength}")
-                arms.append(Arm(f"widened-{strength:g}", strength=strength))
+                arms.append(Arm(f"{kind}-{strength:g}", profile=kind, strength=strength))
+        elif kind in ("sparse", "dilated"):
+            arms.append(Arm(kind, taps=kind))
         else:
-            arms.append(Arm(kind, xavier=kind == "xavier", sparse=kind == "sparse"))
+            arms.append(Arm(kind, base=kind))
     return arms
+
+
+def _strength(number: str) -> float:
+    try:
+        return float(number)
+    except ValueError:
+        raise InputError(f"--arms must end in a strength such as widened-0.5, got {number!r}") from None

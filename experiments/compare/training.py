@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import widerf
-from experiments.compare.tasks import Task
-from experiments.harness.device import autocast
+from experiments.compare.curve import ARRIVED, Curve
+from experiments.compare.task import Task
+from experiments.harness import distributed
+from experiments.harness.device import StepClock, autocast
 from experiments.harness.runs import Record
 from widerf.errors import ClippedWarning, DeadUnitError
-
-
-@dataclass
-class Curve:
-    """Validation accuracy against steps, and the first step at which it was at the target (None: never)."""
-
-    steps: list[int]
-    accuracy: list[float]
-    loss: list[float]
-    steps_to_target: int | None = None
 
 
 @torch.no_grad()
@@ -40,32 +30,36 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor, device: torch.devic
     return right / len(labels)
 
 
-def train(net: nn.Module, task: Task, seed: int, device: torch.device) -> Curve:
+def train(net: nn.Sequential, task: Task, seed: int, device: torch.device) -> tuple[Curve, float | None]:
     """Train with Adam on the batches of ``seed``.
 
     The learning rate falls by a half cosine over ``task.steps``; it stays where it is if the run ends at the target.
+    A loss that is no number ends the run at the next look.
+
+    Returns:
+        The curve, and the seconds of a step: the first one (warm-up) and the looks are left out.
     """
     optimizer = torch.optim.Adam(net.parameters(), task.lr)
     floor = task.lr if task.stop_at_target else 0.0
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps, eta_min=floor)
-    curve = Curve([], [], [])
-    net.train()
-    for step, (x, y) in zip(range(1, task.steps + 1), task.batches(seed), strict=False):
-        with autocast(device):
-            loss = F.cross_entropy(net(x.to(device)), y.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    curve, clock = Curve(task.target), StepClock(device)
+    alone = net if task.faster is None else task.faster(net)
+    model = distributed.spread(alone)
+    model.train()
+    for step, batch in zip(range(1, task.steps + 1), task.batches(seed), strict=False):
+        x, y = map(distributed.share, batch)
+        with clock:
+            with autocast(device):
+                loss = F.cross_entropy(model(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
         if step % task.every == 0 or step == task.steps:
-            curve.steps.append(step)
-            curve.loss.append(loss.item())
-            curve.accuracy.append(accuracy(net, *task.validation, device))
-            if curve.steps_to_target is None and curve.accuracy[-1] >= task.target:
-                curve.steps_to_target = step
-                if task.stop_at_target:
-                    break
-    return curve
+            curve.look(step, accuracy(alone, *task.validation, device), loss.item())
+            if curve.diverged or (task.stop_at_target and curve.outcome == ARRIVED):
+                break
+    return curve, clock.seconds_a_step
 
 
 def erf_of(net: nn.Module, task: Task, seed: int, samples: int) -> widerf.ERF | None:
@@ -100,20 +94,22 @@ def figures(erf: widerf.ERF | None) -> Record | None:
     }
 
 
-def one_run(net: nn.Module, task: Task, seed: int, device: torch.device, erf_samples: int) -> Record:
-    """Train and measure one network; the record holds everything that the report shows."""
+def one_run(net: nn.Sequential, task: Task, seed: int, device: torch.device, erf_samples: int) -> Record:
+    """Train and measure one network; the record holds everything that the report shows.
+
+    However the run ends, there is a record: ``outcome`` is ``arrived``, ``budget`` or ``diverged``, and ``erf_after``
+    is None where training left a dead unit.
+    """
     started = time.perf_counter()
     net.to(device)
     before = figures(erf_of(net, task, seed, erf_samples))
-    curve = train(net, task, seed, device)
-    after = figures(erf_of(net, task, seed, erf_samples))
-    record: dict[str, Any] = {
-        "steps_to_target": curve.steps_to_target,
-        "accuracy": curve.accuracy[-1],
-        "test_accuracy": accuracy(net, *task.test, device) if task.test is not None else None,
-        "curve": {"step": curve.steps, "accuracy": curve.accuracy, "loss": curve.loss},
+    curve, seconds_a_step = train(net, task, seed, device)
+    after = None if curve.diverged else figures(erf_of(net, task, seed, erf_samples))
+    test = accuracy(net, *task.test, device) if task.test is not None else None
+    return {
+        **curve.record(),
+        "test_accuracy": test,
         "erf_before": before,
         "erf_after": after,
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": {"step": seconds_a_step, "run": round(time.perf_counter() - started, 2)},
     }
-    return record

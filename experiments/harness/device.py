@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from typing import Any
 
 import torch
@@ -33,6 +34,43 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast on CUDA, full precision elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class StepClock:
+    """Seconds of a training step. The first one is left out: it pays for what is made once.
+
+    Attributes:
+        steps, seconds: counted so far, the first step left out.
+
+    Example:
+        >>> clock = StepClock(torch.device("cpu"))
+        >>> for _ in range(3):
+        ...     with clock:
+        ...         pass
+        >>> clock.steps, clock.seconds_a_step < 1
+        (2, True)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.steps, self.seconds = device, -1, 0.0
+
+    def __enter__(self) -> None:
+        self._started = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self.steps += 1
+        if self.steps:
+            self.seconds += self._now() - self._started
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @property
+    def seconds_a_step(self) -> float | None:
+        """Mean over the steps counted; None without one."""
+        return self.seconds / self.steps if self.steps > 0 else None
 
 
 def machine(device: torch.device) -> Record:

@@ -1,24 +1,19 @@
-"""Runs that survive a kill: each in a process of its own, each in a file of its own."""
+"""Runs that survive a kill: each is a file of its own."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from experiments.harness import distributed
+from experiments.harness.engines import Engine, Record, Work
 from experiments.harness.inputs import InputError
-
-Record = dict[str, Any]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -41,27 +36,14 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
-def _follow_parent() -> None:
-    """Prepare a worker: one thread, Ctrl-C left to the parent, and an end when the parent ends.
-
-    With one thread sums run in one order, so that a run gives the same numbers whatever runs beside it.
-    """
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 def run_all(
-    jobs: Sequence[Any], work: Callable[[Any], Record], folder: Path, *, workers: int, settings: Record
+    jobs: Sequence[Any],
+    work: Work,
+    folder: Path,
+    *,
+    settings: Record,
+    workers: int = 1,
+    engine: Engine | None = None,
 ) -> list[Record]:
     """Do every job once, each in a process of its own kind, and keep what is done if the whole is stopped.
 
@@ -73,11 +55,12 @@ def run_all(
         jobs: hashable, printable descriptions; ``str(job)`` names the file.
         work: top-level function of one job (it is sent to another process).
         folder: where the results go.
-        workers: processes at a time.
         settings: everything else that the records depend on. A folder made with others is refused.
+        workers: processes at a time on this machine.
+        engine: where the runs are done, if not there.
 
     Returns:
-        The records, in the order of ``jobs``.
+        The records, in the order of ``jobs``; none in a process that does not write.
 
     Raises:
         InputError: ``folder`` holds results of other settings.
@@ -87,25 +70,18 @@ def run_all(
     wanted = json.dumps(settings, indent=1, sort_keys=True)
     if settings_file.exists() and settings_file.read_text() != wanted:
         raise InputError(f"--out must be a new folder or one of the same settings, got {folder}: see {settings_file}")
-    write_whole(settings_file, wanted)
     todo = [job for job in jobs if not (runs / f"{job}.json").exists()]
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    try:
-        futures = {pool.submit(work, job): job for job in todo}
-        with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run", disable=None) as bar:
-            for future in as_completed(futures):
-                job = futures[future]
-                write_whole(runs / f"{job}.json", json.dumps(future.result()))
-                bar.set_postfix_str(str(job))
-                bar.update()
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-    return [json.loads((runs / f"{job}.json").read_text()) for job in jobs]
+    distributed.wait()  # all processes of a group must see the same runs as missing
+    writes = distributed.first()
+    if writes:
+        write_whole(settings_file, wanted)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run", disable=None) as bar:
+        for job, record in (engine or Engine(workers=workers)).done(todo, work):
+            if writes:
+                write_whole(runs / f"{job}.json", json.dumps(record))
+            bar.set_postfix_str(str(job))
+            bar.update()
+    return [json.loads((runs / f"{job}.json").read_text()) for job in jobs] if writes else []
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:

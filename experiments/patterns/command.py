@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import widerf
-from experiments.compare.tasks import Batch
+from experiments.compare.task import Batch
 from experiments.compare.training import accuracy
 from experiments.harness import camvid, data
 from experiments.harness.inputs import InputError
