@@ -28,6 +28,9 @@ SIGNATURES = {
     "ReceptiveField.center": "self, unit=None",
     "measure": "model, input_size=(3, 224, 224), *, layer=None, unit=None, inputs=None, samples=32, rtol=None, "
     "redraw=None, generator=None, progress=False, batch_size=None",
+    "summary": "model, input_size=(3, 224, 224), *, layers=None, measure=False",
+    "Summary.plot": "self, ax=None",
+    "Summary.to_pandas": "self",
     "predict": "model, input_size=(3, 224, 224), *, layer=None, unit=None",
     "ERF.size": 'self, level=0.0455, of="amplitude"',
     "ERF.radius": "self, mass",
@@ -159,6 +162,22 @@ def test_the_field_and_the_erf_have_their_figures(model: nn.Module) -> None:
     assert float(erf.map.sum()) == pytest.approx(1)
     low, high = widerf.measure(model, (3, 15, 15), samples=4).interval("std", confidence=0.9)
     assert low <= high
+
+
+def test_a_summary_has_a_row_for_each_layer(model: nn.Module) -> None:
+    found = widerf.summary(model, (3, 15, 15))
+    assert isinstance(found, widerf.Summary)
+    assert lacking(found, "to_pandas plot save warnings _repr_html_") == []
+    for row in found:
+        assert lacking(row, "name map_size jump trf_size std size used clipped silent") == []
+
+
+def test_errors_and_reports_are_importable_from_the_top(model: nn.Module) -> None:
+    assert issubclass(widerf.UntreatedOperatorError, NotImplementedError)
+    assert issubclass(widerf.DeadUnitError, ValueError)
+    assert issubclass(widerf.ClippedWarning, UserWarning)
+    assert isinstance(widerf.convert(model, extent=5, dry_run=True), widerf.ConversionReport)
+    assert isinstance(widerf.patterns.coverage([widerf.patterns.grid(3, 5)]), widerf.Coverage)
 
 
 def test_the_initialiser_gives_its_report(model: nn.Module) -> None:

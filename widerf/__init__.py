@@ -7,18 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widerf import functional, init, kernels, patterns, profile
+    from widerf.conversion.report import ConversionReport
     from widerf.conversion.swap import convert, densify
     from widerf.erf.map import ERF
     from widerf.erf.measurement import measure
     from widerf.erf.prediction import predict
     from widerf.erf.receptive import ReceptiveField, receptive_field
     from widerf.erf.tracker import ERFTracker
+    from widerf.errors import ClippedWarning, DeadUnitError, UntreatedOperatorError
     from widerf.init.report import InitReport, LayerChange
+    from widerf.patterns import Coverage
     from widerf.sparse.ranks import SparseConv1d, SparseConv2d, SparseConv3d
+    from widerf.survey.summary import Summary, summary
 
 # Public name -> the module that holds it, loaded when first asked for: `import widerf` costs what `import torch` does.
 # No module bears the name of a function: importing it would hide the function.
 _HOME = {
+    "ClippedWarning": "errors",
+    "ConversionReport": "conversion.report",
+    "Coverage": "patterns",
+    "DeadUnitError": "errors",
     "ERF": "erf.map",
     "ERFTracker": "erf.tracker",
     "InitReport": "init",
@@ -27,16 +35,23 @@ _HOME = {
     "SparseConv1d": "sparse.ranks",
     "SparseConv2d": "sparse.ranks",
     "SparseConv3d": "sparse.ranks",
+    "Summary": "survey.summary",
+    "UntreatedOperatorError": "errors",
     "convert": "conversion.swap",
     "densify": "conversion.swap",
     "measure": "erf.measurement",
     "predict": "erf.prediction",
     "receptive_field": "erf.receptive",
+    "summary": "survey.summary",
 }
 _MODULES = ("functional", "init", "kernels", "patterns", "profile")
 
 __all__ = [
     "ERF",
+    "ClippedWarning",
+    "ConversionReport",
+    "Coverage",
+    "DeadUnitError",
     "ERFTracker",
     "InitReport",
     "LayerChange",
@@ -44,6 +59,8 @@ __all__ = [
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",
+    "Summary",
+    "UntreatedOperatorError",
     "convert",
     "densify",
     "functional",
@@ -54,6 +71,7 @@ __all__ = [
     "predict",
     "profile",
     "receptive_field",
+    "summary",
 ]
 __version__ = "0.1.0"
 
