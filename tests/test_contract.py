@@ -29,6 +29,7 @@ SIGNATURES = {
     "measure": "model, input_size=(3, 224, 224), *, layer=None, unit=None, inputs=None, samples=32, rtol=None, "
     "redraw=None, generator=None, progress=False, batch_size=None",
     "summary": "model, input_size=(3, 224, 224), *, layers=None, measure=False",
+    "advise": "model, input_size=(3, 224, 224), *, object_size=None, layer=None",
     "Summary.plot": "self, ax=None",
     "Summary.to_pandas": "self",
     "predict": "model, input_size=(3, 224, 224), *, layer=None, unit=None",
@@ -170,6 +171,13 @@ def test_a_summary_has_a_row_for_each_layer(model: nn.Module) -> None:
     assert lacking(found, "to_pandas plot save warnings _repr_html_") == []
     for row in found:
         assert lacking(row, "name map_size jump trf_size std size used clipped silent") == []
+
+
+def test_advice_has_findings_with_calls(model: nn.Module) -> None:
+    advice = widerf.advise(model, (3, 15, 15), object_size=9)
+    assert isinstance(advice, widerf.Advice)
+    assert [row.name for row in advice] == ["field_too_small"]
+    assert lacking(advice[0], "what how layers call figure before after") == []
 
 
 def test_errors_and_reports_are_importable_from_the_top(model: nn.Module) -> None:

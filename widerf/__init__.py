@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from widerf.init.report import InitReport, LayerChange
     from widerf.patterns import Coverage
     from widerf.sparse.ranks import SparseConv1d, SparseConv2d, SparseConv3d
+    from widerf.survey.advice import Advice, advise
     from widerf.survey.summary import Summary, summary
 
 # Public name -> the module that holds it, loaded when first asked for: `import widerf` costs what `import torch` does.
 # No module bears the name of a function: importing it would hide the function.
 _HOME = {
+    "Advice": "survey.advice",
     "ClippedWarning": "errors",
     "ConversionReport": "conversion.report",
     "Coverage": "patterns",
@@ -37,6 +39,7 @@ _HOME = {
     "SparseConv3d": "sparse.ranks",
     "Summary": "survey.summary",
     "UntreatedOperatorError": "errors",
+    "advise": "survey.advice",
     "convert": "conversion.swap",
     "densify": "conversion.swap",
     "measure": "erf.measurement",
@@ -48,6 +51,7 @@ _MODULES = ("functional", "init", "kernels", "patterns", "profile")
 
 __all__ = [
     "ERF",
+    "Advice",
     "ClippedWarning",
     "ConversionReport",
     "Coverage",
@@ -61,6 +65,7 @@ __all__ = [
     "SparseConv3d",
     "Summary",
     "UntreatedOperatorError",
+    "advise",
     "convert",
     "densify",
     "functional",
