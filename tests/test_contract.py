@@ -71,6 +71,7 @@ SIGNATURES = {
     "patterns.coverage": "list_of_offsets, jumps=None",
     "convert": "model, *, extent=None, pattern=..., only=None, skip=None, input_size=None, seed=0, dry_run=False",
     "densify": "model",
+    "load_state_dict": "model, state, strict=True",
     "kernels.info": "",
     "kernels.use": "choice",
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widerf import functional, init, kernels, patterns, profile
+    from widerf.conversion.keeping import load_state_dict
     from widerf.conversion.report import ConversionReport
     from widerf.conversion.swap import convert, densify
     from widerf.erf.map import ERF
@@ -42,6 +43,7 @@ _HOME = {
     "advise": "survey.advice",
     "convert": "conversion.swap",
     "densify": "conversion.swap",
+    "load_state_dict": "conversion.keeping",
     "measure": "erf.measurement",
     "predict": "erf.prediction",
     "receptive_field": "erf.receptive",
@@ -71,6 +73,7 @@ __all__ = [
     "functional",
     "init",
     "kernels",
+    "load_state_dict",
     "measure",
     "patterns",
     "predict",
