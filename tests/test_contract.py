@@ -28,6 +28,10 @@ SIGNATURES = {
     "ReceptiveField.center": "self, unit=None",
     "measure": "model, input_size=(3, 224, 224), *, layer=None, unit=None, inputs=None, samples=32, rtol=None, "
     "redraw=None, generator=None, progress=False, batch_size=None",
+    "summary": "model, input_size=(3, 224, 224), *, layers=None, measure=False",
+    "advise": "model, input_size=(3, 224, 224), *, object_size=None, layer=None",
+    "Summary.plot": "self, ax=None",
+    "Summary.to_pandas": "self",
     "predict": "model, input_size=(3, 224, 224), *, layer=None, unit=None",
     "ERF.size": 'self, level=0.0455, of="amplitude"',
     "ERF.radius": "self, mass",
@@ -67,6 +71,7 @@ SIGNATURES = {
     "patterns.coverage": "list_of_offsets, jumps=None",
     "convert": "model, *, extent=None, pattern=..., only=None, skip=None, input_size=None, seed=0, dry_run=False",
     "densify": "model",
+    "load_state_dict": "model, state, strict=True",
     "kernels.info": "",
     "kernels.use": "choice",
 }
@@ -159,6 +164,29 @@ def test_the_field_and_the_erf_have_their_figures(model: nn.Module) -> None:
     assert float(erf.map.sum()) == pytest.approx(1)
     low, high = widerf.measure(model, (3, 15, 15), samples=4).interval("std", confidence=0.9)
     assert low <= high
+
+
+def test_a_summary_has_a_row_for_each_layer(model: nn.Module) -> None:
+    found = widerf.summary(model, (3, 15, 15))
+    assert isinstance(found, widerf.Summary)
+    assert lacking(found, "to_pandas plot save warnings _repr_html_") == []
+    for row in found:
+        assert lacking(row, "name map_size jump trf_size std size used clipped silent") == []
+
+
+def test_advice_has_findings_with_calls(model: nn.Module) -> None:
+    advice = widerf.advise(model, (3, 15, 15), object_size=9)
+    assert isinstance(advice, widerf.Advice)
+    assert [row.name for row in advice] == ["field_too_small"]
+    assert lacking(advice[0], "what how layers call figure before after") == []
+
+
+def test_errors_and_reports_are_importable_from_the_top(model: nn.Module) -> None:
+    assert issubclass(widerf.UntreatedOperatorError, NotImplementedError)
+    assert issubclass(widerf.DeadUnitError, ValueError)
+    assert issubclass(widerf.ClippedWarning, UserWarning)
+    assert isinstance(widerf.convert(model, extent=5, dry_run=True), widerf.ConversionReport)
+    assert isinstance(widerf.patterns.coverage([widerf.patterns.grid(3, 5)]), widerf.Coverage)
 
 
 def test_the_initialiser_gives_its_report(model: nn.Module) -> None:

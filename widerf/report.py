@@ -6,7 +6,9 @@ their own row class and columns; everything about showing them is here.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import textwrap
@@ -105,7 +107,8 @@ class Report(Sequence[Row], Generic[Row]):
     """A sequence of rows that shows itself as a table.
 
     ``print(report)`` and notebooks show it; ``report["layer1.0.conv1"]`` is the row of that name; ``to_json()`` gives
-    everything to a machine; ``save("report.html")`` writes it (``.html``, ``.json`` or plain text).
+    everything to a machine, ``to_pandas()`` and ``to_csv()`` the rows; ``save("report.html")`` writes it (``.html``,
+    ``.json``, ``.csv`` or plain text).
 
     Subclasses set ``columns``, may add fields, and say their own lines above the table in :meth:`lines`.
 
@@ -171,11 +174,54 @@ class Report(Sequence[Row], Generic[Row]):
         """Return all fields as JSON."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return the rows as dictionaries of numbers and strings; entries with one value per axis get a key per axis.
+
+        Keys are the same in all rows: those that a row has no value for hold ``None``.
+        """
+        plains = [plain(row) for row in self.rows]
+        lengths: dict[str, int] = {}
+        for row in plains:
+            for key, value in row.items():
+                lengths[key] = max(lengths.get(key, 0), len(value) if isinstance(value, list) else 0)
+        return [
+            {name: entry for key, length in lengths.items() for name, entry in _apart(key, row[key], length)}
+            for row in plains
+        ]
+
+    def to_csv(self) -> str:
+        """Return the rows as comma-separated values with a header."""
+        records = self.to_records()
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, list(records[0]) if records else ["name"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return stream.getvalue().rstrip("\n")
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: without pandas, which widerf does not ask for.
+        """
+        import pandas
+
+        return pandas.DataFrame.from_records(self.to_records())
+
     def save(self, path: str | Path) -> None:
-        """Write the report; the ending of ``path`` says how: ``.html``, ``.json``, anything else is plain text."""
+        """Write the report; the ending of ``path`` says how: ``.html``, ``.json``, ``.csv``, else plain text."""
         target = Path(path)
-        written = {".html": self._repr_html_, ".json": self.to_json}.get(target.suffix, self.__str__)()
+        ways = {".html": self._repr_html_, ".json": self.to_json, ".csv": self.to_csv}
+        written = ways.get(target.suffix, self.__str__)()
         target.write_text(written + "\n", encoding="utf-8")
+
+
+def _apart(key: str, value: Any, length: int) -> list[tuple[str, Any]]:
+    """Return an entry as it is, or, where some row has ``length`` values, one entry for each."""
+    if not length:
+        return [(key, value)]
+    values = value if isinstance(value, list) else []
+    return [(f"{key}_{axis}", values[axis] if axis < len(values) else None) for axis in range(length)]
 
 
 class Verdict(str):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from widerf.errors import UntreatedOperatorError
 from widerf.operators import rule_of
 from widerf.operators.boxes import EMPTY, merges_positions, misalignment, pixels, scaled
 from widerf.operators.rule import Rule
@@ -30,7 +32,7 @@ class Field:
 
 @dataclass
 class Reading:
-    """The forward reading: the map's field, and what was met on the way."""
+    """The forward reading: the map's field, united over its channels, and what was met on the way."""
 
     result: Field
     misaligned: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -42,26 +44,65 @@ def read(tape: Tape) -> Reading:
     Raises:
         UntreatedOperatorError: for an operator without a rule.
     """
-    calls = tape.needed()
+    found = read_all(tape, [tape.target])[tape.target]
+    if isinstance(found, UntreatedOperatorError):
+        raise found
+    return found
+
+
+def read_all(tape: Tape, targets: Sequence[int]) -> dict[int, Reading | UntreatedOperatorError]:
+    """Walk the tape once to several values; an operator without a rule is the answer for those behind it."""
+    calls = tape.needed(targets)
     last_use = {value: index for index, call in enumerate(calls) for value in call.inputs.values()}
     image = tape.values[0]
-    spatial = tuple(image.shape[2:])
-    fields: dict[int, Field] = {0: Field(pixels(image), (1.0,) * len(spatial))}
-    misaligned: dict[str, tuple[float, ...]] = {}
+    fields: dict[int, Field] = {0: Field(pixels(image), (1.0,) * (image.ndim - 2))}
+    broken: dict[int, tuple[int, UntreatedOperatorError]] = {}
+    shifts: list[tuple[Call, tuple[float, ...]]] = []
+    united = {0: _united(fields[0])} if 0 in targets else {}
     for index, call in enumerate(calls):
-        rule = rule_of(call.op)
-        if rule is None:
-            raise call.untreated("receptive_field")
-        inputs = {position: fields[value] for position, value in call.inputs.items() if value in fields}
-        if inputs:
-            shift = misalignment([f.reach for f in inputs.values()]) if rule.joins and len(inputs) > 1 else None
-            if shift is not None:
-                misaligned.setdefault(call.module, shift)
-            fields.update(_advance(call, rule, tape, inputs, spatial))
+        problems = [broken[value] for value in call.inputs.values() if value in broken]
+        try:
+            if problems:
+                raise min(problems, key=lambda problem: problem[0])[1]
+            made, shift = _made(call, tape, fields)
+        except UntreatedOperatorError as error:
+            first = min((at for at, _ in problems), default=index)
+            broken |= {out: (first, error) for out in call.outputs if out is not None}
+            continue
+        if shift is not None:
+            shifts.append((call, shift))
+        fields |= made
+        united |= {value: _united(made[value]) for value in made.keys() & set(targets)}
         for value in set(call.inputs.values()):
-            if last_use[value] == index and value != tape.target:
+            if last_use[value] == index:
                 fields.pop(value, None)
-    return Reading(fields[tape.target], misaligned)
+    return {
+        value: broken[value][1] if value in broken else Reading(united[value], _on_the_way(tape, value, shifts))
+        for value in targets
+    }
+
+
+def _united(field: Field) -> Field:
+    """What all channels see together: ``(2·D, *spatial)``."""
+    return Field(field.reach.amin((1, 2)), field.jump, field.global_paths)
+
+
+def _on_the_way(tape: Tape, target: int, shifts: list[tuple[Call, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
+    """The shifts that were met on the way to a value: module → the first."""
+    needed = {id(call) for call in tape.needed([target])} if shifts else set()
+    return {call.module: shift for call, shift in reversed(shifts) if id(call) in needed}
+
+
+def _made(call: Call, tape: Tape, fields: dict[int, Field]) -> tuple[dict[int, Field], tuple[float, ...] | None]:
+    """What the outputs of a call see, and by how much the paths that it joins are shifted."""
+    rule = rule_of(call.op)
+    if rule is None:
+        raise call.untreated("receptive_field")
+    inputs = {position: fields[value] for position, value in call.inputs.items() if value in fields}
+    if not inputs:
+        return {}, None
+    shift = misalignment([f.reach for f in inputs.values()]) if rule.joins and len(inputs) > 1 else None
+    return _advance(call, rule, tape, inputs, tuple(tape.values[0].shape[2:])), shift
 
 
 def _advance(

@@ -63,11 +63,11 @@ def predict(
     return predicted(Scene.of(model, input_size, layer, unit))
 
 
-def predicted(scene: Scene, frame: Frame | None = None) -> ERF:
+def predicted(scene: Scene, frame: Frame | None = None, *, warn: bool = True) -> ERF:
     """Return the predicted ERF of a scene; ``frame`` is its geometry where the caller knows that already."""
     energy, _ = expected_energy(scene)
     frame = Frame.of(from_tape(scene.tape, scene.site.name), [scene.unit]) if frame is None else frame
-    return ERF.from_energy(energy.cpu(), center=frame.center, trf_size=frame.trf_size, jump=frame.jump)
+    return ERF.from_energy(energy.cpu(), center=frame.center, trf_size=frame.trf_size, jump=frame.jump, warn=warn)
 
 
 def expected_energy(scene: Scene) -> tuple[Tensor, float]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widerf.erf.coordinates import read
+from widerf.erf.coordinates import Reading, read, read_all
+from widerf.errors import UntreatedOperatorError
 from widerf.trace.scene import Scene
 from widerf.trace.site import check_unit, probe_input
 from widerf.trace.tape import Tape
@@ -106,10 +107,24 @@ def receptive_field(
 def from_tape(tape: Tape, layer: str) -> ReceptiveField:
     """Receptive field of the map of a recording."""
     with torch.no_grad():
-        reading = read(tape)
-    reach = reading.result.reach.amin((1, 2))
+        return _from_reading(read(tape), tuple(tape.values[0].shape[2:]), layer)
+
+
+def from_marks(tape: Tape, layers: Sequence[str]) -> dict[str, ReceptiveField | UntreatedOperatorError]:
+    """Receptive fields of marked maps of one recording, which is walked once; the error stands where there is none."""
+    with torch.no_grad():
+        found = read_all(tape, [tape.marks[layer] for layer in layers])
+    sizes = tuple(tape.values[0].shape[2:])
+    answers: dict[str, ReceptiveField | UntreatedOperatorError] = {}
+    for layer in layers:
+        reading = found[tape.marks[layer]]
+        answers[layer] = _from_reading(reading, sizes, layer) if isinstance(reading, Reading) else reading
+    return answers
+
+
+def _from_reading(reading: Reading, sizes: tuple[int, ...], layer: str) -> ReceptiveField:
+    reach = reading.result.reach
     rank = reach.shape[0] // 2
-    sizes = tape.values[0].shape[2:]
     blind = ~reach.isfinite().all(0)
     if bool(blind.any()):  # only global paths lead here: the whole image is seen
         whole = torch.tensor([0.0 for _ in sizes] + [1.0 - n for n in sizes])

@@ -27,7 +27,7 @@ _BY_VERDICT = {
 }
 
 
-def _has_seen_data(module: nn.Module) -> bool:
+def has_seen_data(module: nn.Module) -> bool:
     """Return whether a normalisation's running statistics have moved from 0 and 1."""
     mean, variance = (module._buffers.get(f"running_{name}") for name in ("mean", "var"))
     if mean is None or variance is None or mean.is_meta:
@@ -61,7 +61,7 @@ def warnings_of(model: nn.Module, steps: Sequence[Change], rows: Sequence[LayerC
             "What is widened inside them does not move the network's ERF until training wakes them "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
-    trained = [name for name, module in model.named_modules() if _has_seen_data(module)] if chosen else []
+    trained = [name for name, module in model.named_modules() if has_seen_data(module)] if chosen else []
     if trained:
         yield (
             f"the network has been trained ({listed(trained)}: running statistics have moved): what it learnt is "

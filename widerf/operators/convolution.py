@@ -14,6 +14,8 @@ from widerf.operators.flow import Energies, Flow, root, scattered
 from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, Shape, named
 from widerf.trace.tape import Call
 
+_SMALL = 0.5  # share of a map below which only the part with energy is carried back
+
 
 def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any], jump: Jump) -> list[Tensor | None]:
     if 0 not in reaches:
@@ -38,11 +40,61 @@ def _energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies
     image, weight = arguments["input"], arguments["weight"]
     geometry = [arguments[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
     wanted = [position in inputs for position in (0, 1, 2)]
+    region = _region(arguments, energy) if wanted == [True, False, False] else None
+    if region is not None:
+        yield 0, _energy_of_region(arguments, energy, region)
+        return
     parts = torch.ops.aten.convolution_backward(
         energy, image.square() if wanted[1] else image, weight.square(), [weight.shape[0]], *geometry, wanted
     )
     for position in inputs:
         yield position, parts[position]
+
+
+def _region(arguments: Arguments, energy: Tensor) -> list[tuple[int, int]] | None:
+    """First and last place per axis where there is energy, if that is a small part of the map.
+
+    ``None`` also where derivatives are wanted, since zeros have them too.
+    """
+    if arguments["transposed"] or energy.requires_grad or arguments["weight"].requires_grad:
+        return None
+    ends = []
+    for axis in range(2, energy.ndim):
+        others = [a for a in range(energy.ndim) if a != axis]
+        lit = energy.amax(others).nonzero()
+        if not len(lit):
+            return None
+        ends.append((int(lit[0]), int(lit[-1])))
+    return ends if math.prod(b - a + 1 for a, b in ends) <= _SMALL * math.prod(energy.shape[2:]) else None
+
+
+def _energy_of_region(arguments: Arguments, energy: Tensor, region: list[tuple[int, int]]) -> Tensor:
+    """The energy at the input of a convolution, whose output has energy in ``region`` only."""
+    image, weight = arguments["input"], arguments["weight"].square()
+    stride, padding, dilation = (
+        per_axis(arguments[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")
+    )
+    window, inside, part = [], [], energy
+    for axis, (a, b) in enumerate(region):
+        part = part.narrow(2 + axis, a, b - a + 1)
+        first = a * stride[axis] - padding[axis]
+        length = (b - a) * stride[axis] + dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        low, high = max(first, 0), min(first + length, image.shape[2 + axis])
+        window.append(length)
+        inside.append((low, high, low - first))
+    whole = torch.zeros_like(image)
+    if any(high <= low for low, high, _ in inside):  # it sees padding only
+        return whole
+    source = image.new_empty((1,)).expand(*image.shape[:2], *window)
+    none = [0 for _ in window]
+    geometry = (stride, none, dilation, False, none, arguments["groups"], [True, False, False])
+    found = torch.ops.aten.convolution_backward(part, source, weight, None, *geometry)[0]
+    here, there = whole, found
+    for axis, (low, high, skipped) in enumerate(inside):
+        here = here.narrow(2 + axis, low, high - low)
+        there = there.narrow(2 + axis, skipped, high - low)
+    here.copy_(there)
+    return whole
 
 
 def _jump(call: Call, arguments: Arguments, before: Shape, after: Shape) -> Jump:

@@ -198,6 +198,18 @@ class SparseConv(KeepsOffsets):
         plain = why_not_plain(conv, cls.DENSE) is None
         require(plain, "conv", rule, type(conv).__name__, TypeError)
         assert isinstance(conv, _ConvNd)
+        return cls._in_place_of(conv, extent, pattern, seed, block)
+
+    @classmethod
+    def _in_place_of(
+        cls,
+        conv: _ConvNd,
+        extent: Size | None,
+        pattern: Pattern | None,
+        seed: int | None = None,
+        block: int | None = None,
+    ) -> Any:
+        """Return a layer with the arguments and the very parameters of ``conv``, plain or sparse, at other taps."""
         layer = cls(
             conv.in_channels,
             conv.out_channels,

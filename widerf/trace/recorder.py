@@ -7,7 +7,7 @@ code; in-place writes, also through views, are rewritten as operators that retur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ _SHAPE_ONLY = {
 }
 
 
-def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
+def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSite] = ()) -> Tape:
     """Run ``model`` on ``images`` up to ``site`` and record the operators.
 
     The caller keeps the model safe (:func:`widerf.trace.sandbox.untouched`): batch statistics move as in any forward
@@ -42,12 +42,14 @@ def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
         model: any module that takes one tensor.
         images: ``(batch, channels, *spatial)``.
         site: where the map is (:func:`widerf.trace.site.spatial_layer`).
+        also: maps of other modules on the way there, which are marked.
 
     Raises:
         ValueError: if the map does not depend on the input.
     """
     recorder = _Recorder(images, {id(module): name for name, module in model.named_modules()})
-    calls = 0
+    wanted = {id(mark.module): mark for mark in (*also, site)}
+    calls: dict[int, int] = {}
 
     def enter(module: nn.Module, inputs: Any) -> None:
         recorder.path.append(recorder.names.get(id(module), recorder.path[-1]))
@@ -56,15 +58,18 @@ def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
             recorder.tape.shapes.setdefault(recorder.path[-1], (came, None))
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
-        nonlocal calls
         name = recorder.path.pop()
         came, went = recorder.tape.shapes.get(name, ((), ()))
         if went is None and module is not site.module:
             recorder.tape.shapes[name] = (came, _first_shape(output))
-        if module is site.module:
-            if calls == site.call:
-                raise _ReachedError(site.lay(output))
-            calls += 1
+        mark = wanted.get(id(module))
+        if mark is None:
+            return
+        call = calls[id(module)] = calls.get(id(module), -1) + 1
+        if call == mark.call and mark is site:
+            raise _ReachedError(site.lay(output))
+        if call == mark.call and (value := recorder.value_of(mark.lay(output))) is not None:
+            recorder.tape.marks[mark.name] = value
 
     reached = None
     with torch.no_grad(), _plain_operators(), _hooks(enter, leave), recorder:
@@ -76,7 +81,7 @@ def record(model: nn.Module, images: Tensor, site: MapSite) -> Tape:
     target = recorder.value_of(reached) if reached is not None else None
     if target is None:
         raise ValueError(f"layer must depend on the input, got {site.name!r}")
-    recorder.tape.target = target
+    recorder.tape.target = recorder.tape.marks[site.name] = target
     return recorder.tape
 
 

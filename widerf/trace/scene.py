@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from widerf._checks import require
 from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
-from widerf.trace.site import MapSite, check_input_size, check_unit, probe_input, spatial_layer
+from widerf.trace.site import MapSite, check_input_size, check_unit, probe_input, spatial_layer, spatial_layers
 from widerf.trace.tape import Tape
 
 
@@ -26,6 +26,7 @@ class Scene:
         site: the layer that makes the map.
         unit: index on the map.
         image_seed: of the N(0, 1) image that is recorded.
+        also: maps of other layers on the way, which the recording marks.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Scene:
     site: MapSite
     unit: tuple[int, ...]
     image_seed: int = 0
+    also: tuple[MapSite, ...] = ()
     _tape: Tape | None = field(default=None, repr=False)
 
     @classmethod
@@ -54,6 +56,31 @@ class Scene:
         site = spatial_layer(model, size, layer)
         return cls(model, size, site, check_unit(unit, site.spatial_shape))
 
+    @classmethod
+    def over(
+        cls, model: nn.Module, input_size: Sequence[int], layers: Sequence[str | nn.Module] | None = None
+    ) -> Scene:
+        """Look at several maps at once, all of them by default: the scene of the last one, which marks the others.
+
+        Raises:
+            TypeError: see :meth:`of`.
+            ValueError: see :func:`widerf.trace.site.spatial_layers`.
+        """
+        require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
+        size = check_input_size(input_size)
+        *also, last = spatial_layers(model, size, layers)
+        return cls(model, size, last, check_unit(None, last.spatial_shape), also=tuple(also))
+
+    @property
+    def sites(self) -> tuple[MapSite, ...]:
+        """All maps that are looked at, in the order in which they are reached."""
+        return (*self.also, self.site)
+
+    def at(self, site: MapSite) -> Scene:
+        """The scene of another of its maps and the centre unit there, on the same recording."""
+        unit = check_unit(None, site.spatial_shape)
+        return replace(self, site=site, unit=unit, also=(), _tape=self.tape.at(site.name))
+
     @property
     def tape(self) -> Tape:
         """The recording of one N(0, 1) image, the same in every call; taken when first asked for."""
@@ -64,7 +91,7 @@ class Scene:
     def record(self, images: Tensor, *, evaluating: bool = False) -> Tape:
         """Record a pass over other images, in eval mode if so told; the model comes back as it was."""
         with untouched(self.model), torch.no_grad():
-            return record(self.model.eval() if evaluating else self.model, images, self.site)
+            return record(self.model.eval() if evaluating else self.model, images, self.site, self.also)
 
     def changed(self, *, in_place: bool) -> Scene:
         """Return the scene of the model after its weights were changed, at the same map and image.

@@ -92,6 +92,47 @@ def spatial_layer(model: nn.Module, input_size: Sequence[int], layer: str | nn.M
     calls = _record(model, names, input_size)
     if wanted is None:
         return _last_map(calls, input_size)
+    return _site_of(calls, wanted, input_size)
+
+
+def spatial_layers(
+    model: nn.Module, input_size: Sequence[int], layers: Sequence[str | nn.Module] | None = None
+) -> list[MapSite]:
+    """Find the maps of several layers by one probing pass, in the order in which they are reached.
+
+    Args:
+        model: see :func:`spatial_layer`.
+        input_size: ``(channels, *spatial)``.
+        layers: modules or their names; by default every module whose last call yields a map, up to the last of them.
+
+    Raises:
+        TypeError: if an entry of ``layers`` is neither a name nor a module.
+        ValueError: see :func:`spatial_layer`; or if ``layers`` is empty.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        >>> [site.name for site in spatial_layers(model, (3, 16, 16))]
+        ['0', '1']
+    """
+    input_size = check_input_size(input_size)
+    names = {module: name for name, module in model.named_modules()}
+    require(layers is None or bool(layers), "layers", "name at least one layer", layers)
+    wanted = None if layers is None else [str(_named(model, names, layer)) for layer in layers]
+    check_finite(model)
+    calls = _record(model, names, input_size)
+    if wanted is not None:
+        sites = [_site_of(calls, name, input_size) for name in dict.fromkeys(wanted)]
+    else:
+        last = _last_map(calls, input_size)
+        ends = {call.name: call for call in calls}
+        sites = [call.site for call in ends.values() if call.site is not None and call.name not in ("", last.name)]
+        sites.append(last)
+    order = {(call.name, call.call): index for index, call in enumerate(calls)}
+    return sorted(sites, key=lambda site: order[site.name, site.call])
+
+
+def _site_of(calls: list[_Call], wanted: str, input_size: tuple[int, ...]) -> MapSite:
+    """The map of a layer's last call."""
     own = [call for call in calls if call.name == wanted]
     require(bool(own), "layer", "be called in the model's forward pass", wanted)
     site = own[-1].site

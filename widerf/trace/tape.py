@@ -6,8 +6,8 @@ forwards with coordinates, :func:`widerf.predict` walks it backwards with energi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,16 +119,22 @@ class Tape:
         target: identity of the map, laid out as (batch, channels, *spatial).
         shapes: module name → shapes of the first input and output tensor of its first call; a module that was still
             running when the map was reached has no output.
+        marks: module name → identity of its map, for the maps on the way that were asked for and for the last one.
     """
 
     calls: list[Call] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     target: int = -1
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
 
-    def needed(self) -> list[Call]:
-        """The calls that lie on a path from the input to the map, in order."""
-        alive = {self.target}
+    def at(self, name: str) -> Tape:
+        """The same recording as far as the map that is marked ``name``."""
+        return replace(self, target=self.marks[name])
+
+    def needed(self, targets: Iterable[int] | None = None) -> list[Call]:
+        """The calls that lie on a path from the input to the map, or to any of several values, in order."""
+        alive = {self.target} if targets is None else set(targets)
         calls = []
         for call in reversed(self.calls):
             if any(out in alive for out in call.outputs):
@@ -148,7 +154,7 @@ class Tape:
             for value, output in zip(call.outputs, outputs, strict=False):
                 if value is not None:
                     values[value] = output
-        return Tape(self.calls, values, self.target, self.shapes)
+        return replace(self, values=values)
 
 
 def operator_name(op: Any) -> str:
