@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +38,23 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
+def read_record(path: Path) -> Record | None:
+    """Return the record of a file, or ``None`` if there is none; a damaged file is set aside, and named in one line."""
+    try:
+        record = json.loads(path.read_bytes().decode("utf-8"))
+        if isinstance(record, dict):
+            return record
+        why = f"it holds a {type(record).__name__}, no record"
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return None
+        why = "it is a link to nothing"
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    _set_aside(path, f"is damaged ({why})")
+    return None
+
+
 def run_all(
     jobs: Sequence[Any],
     work: Work,
@@ -47,9 +66,9 @@ def run_all(
 ) -> list[Record]:
     """Do every job once, each in a process of its own kind, and keep what is done if the whole is stopped.
 
-    A finished job is one file in ``folder/runs``; a second call does only what is missing. A job must give the same
-    record whenever it is done (its seed is part of it), so that a series that was stopped and resumed equals one that
-    was not.
+    A finished job is one file in ``folder/runs``; a second call does only what is missing or damaged. A job must give
+    the same record whenever it is done (its seed is part of it), so that a series that was stopped and resumed equals
+    one that was not.
 
     Args:
         jobs: hashable, printable descriptions; ``str(job)`` names the file.
@@ -68,9 +87,15 @@ def run_all(
     runs = folder / "runs"
     settings_file = folder / "settings.json"
     wanted = json.dumps(settings, indent=1, sort_keys=True)
-    if settings_file.exists() and settings_file.read_text() != wanted:
+    known = read_record(settings_file)
+    if known is None and runs.is_dir() and any(runs.glob("*.json")):
+        _set_aside(runs, "has no settings that tell what it was made with")
+    if known is not None and known != json.loads(wanted):
         raise InputError(f"--out must be a new folder or one of the same settings, got {folder}: see {settings_file}")
-    todo = [job for job in jobs if not (runs / f"{job}.json").exists()]
+    if os.path.lexists(runs) and not runs.is_dir():
+        _set_aside(runs, "is no folder")
+    records = {job: read_record(runs / f"{job}.json") for job in jobs}
+    todo = [job for job, record in records.items() if record is None]
     distributed.wait()  # all processes of a group must see the same runs as missing
     writes = distributed.first()
     if writes:
@@ -79,9 +104,17 @@ def run_all(
         for job, record in (engine or Engine(workers=workers)).done(todo, work):
             if writes:
                 write_whole(runs / f"{job}.json", json.dumps(record))
+            records[job] = record
             bar.set_postfix_str(str(job))
             bar.update()
-    return [json.loads((runs / f"{job}.json").read_text()) for job in jobs] if writes else []
+    # As JSON has them, whether they were done now or before.
+    return [json.loads(json.dumps(records[job])) for job in jobs] if writes else []
+
+
+def _set_aside(path: Path, why: str) -> None:
+    aside = next(p for n in itertools.count(1) if not os.path.lexists(p := path.with_name(f"{path.name}.damaged-{n}")))
+    path.rename(aside)
+    tqdm.write(f"{path} {why}: set aside as {aside.name}, and done again", file=sys.stderr)
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
