@@ -59,9 +59,8 @@ def page(about: Protocol, rows: Ledger) -> str:
     parts = [_accuracy(*each) for each in verdicts] if about.by_seed else [_steps(*each) for each in verdicts]
     overview = [] if about.by_seed else [_overview(verdicts)]
     undone = [str(cell) for cell, verdict in found if verdict is None]
-    return "\n\n".join(
-        [*overview, *parts, _rates(about, rows), _judgement(about, verdicts), _made(about, all_rows, undone)]
-    )
+    whole = [*overview, *parts, _rates(about, rows), _judgement(about, verdicts), _made(about, all_rows, undone)]
+    return "\n\n".join(part for part in whole if part)
 
 
 def _overview(verdicts: Sequence[tuple[Cell, Verdict]]) -> str:
@@ -160,6 +159,8 @@ def _judgement(about: Protocol, verdicts: Sequence[tuple[Cell, Verdict]]) -> str
         return ""
     cell, verdict = verdicts[0]
     steps = [row["steps_to_target"] for row in verdict.of(about.baseline) if row["steps_to_target"] is not None]
+    if len(steps) < 2:
+        return ""
     small, large = (judge(steps, ratio, n=len(about.confirm), series=JUDGED) for ratio in (0.9, 0.75))
     return "## The harness, judged by itself\n\n" + (
         f"{JUDGED} series of {len(about.confirm)} pairs, drawn from the {len(steps)} runs of {about.baseline}\n"

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import widerf
-from experiments.compare import arms, draws, stacked, study, tasks, training
+from experiments.compare import arms, draws, stacked, study, study_page, tasks, training, when_to_widen
 from experiments.compare.curve import ARRIVED, BUDGET, DIVERGED, Curve
 from experiments.compare.far_pair import Stack, far_pair
 from experiments.compare.protocol import FOLDER, Protocol, names, protocol, read
+from experiments.harness.inputs import InputError
+from experiments.harness.ledger import RESULTS
 
 CPU = torch.device("cpu")
 SOME = arms.choose(["he", "xavier", "torch", "orthogonal", "widened-1", "inverse", "shuffled", "dilated"], [])
@@ -227,3 +229,24 @@ def test_a_protocol_names_arms_and_tasks_that_exist_and_seeds_of_two_kinds(name:
     for cell in about.cells:
         assert cell.task in tasks.TASKS
         assert list(cell.options) == list(about.cells[0].options)
+
+
+@pytest.mark.slow
+def test_the_page_when_to_widen_says_what_the_rows_say() -> None:
+    assert (RESULTS / "when-to-widen.md").read_text() == when_to_widen.text()
+
+
+def test_a_study_page_is_made_from_its_rows_alone(tiny: Protocol, tmp_path: Path) -> None:
+    rows = study.ledger(tiny, tmp_path / "map.jsonl")
+    for group in study.plan(tiny, rows):
+        for record in study.do(group, tiny):
+            rows.append(record)
+    for record in study.costs(tiny, None, rounds=1, steps=2):
+        rows.append(record)
+    text = study_page.page(tiny, rows)
+    assert "| he | 1, " in text
+    assert "## far-pair depth 2 radius 1" in text
+    assert tiny.hash in text
+    assert "dense" in text.split("Milliseconds of processor time")[1]
+    with pytest.raises(InputError, match="must hold runs"):
+        study_page.page(tiny, study.ledger(tiny, tmp_path / "none.jsonl"))
