@@ -140,7 +140,7 @@ def maps(panels: Mapping[str, ERF], columns: int, path: Path, half: int) -> None
         height, width = erf.map.shape
         box = (-x - 0.5, width - x - 0.5, height - y - 0.5, -y - 0.5)
         axis.imshow(erf.amplitude.numpy(), cmap="gray", extent=box, vmin=0)
-        axis.set(xlim=(-half, half), ylim=(half, -half), xticks=[], yticks=[])
+        axis.set(xlim=(-half, half), ylim=(half, -half), xticks=[], yticks=[], facecolor="black")
         axis.set_title(title, fontsize=7)
     made.savefig(path, dpi=80, metadata={"Software": None})
 

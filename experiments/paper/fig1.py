@@ -62,7 +62,7 @@ def rows(out: Path, *, depths: Sequence[int] = (5, 10, 20, 40), runs: int = 20, 
             erf = measured(build, side, runs)
             if activation is nn.ReLU:
                 told = predicted_once(build, side)
-            says = f"{n} layers, {name}: "
+            says = f"{n} layers, {name}, {runs} draws: "
             found.append(row(f"{says}{word} Gaussian, r²", word, estimate(erf, r2), (least, None), r2(told)))
             found.append(row(f"{says}std", f"{law:.3g}", estimate(erf, std), about(law), told.std))
             panels[f"{n}, {name}"] = erf
