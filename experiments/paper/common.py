@@ -161,6 +161,7 @@ class Part:
 
     def fill(self, out: Path, again: bool) -> Record:
         """Return the part's row of ``paper.jsonl``, made if it is missing."""
+        out.mkdir(parents=True, exist_ok=True)
         made = ledger(out).fill({(self.name,): out}, lambda folder: {"rows": self.work(folder)}, again=again)
         return next(found for found in made if found["part"] == self.name)
 

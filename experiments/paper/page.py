@@ -8,6 +8,7 @@ from experiments.harness.runs import Record
 from experiments.paper.common import MATCH, Part, table, verdict
 
 PAPER = {"cifar10": "accuracy .89; TRF 74", "camvid": "ERF diameter 100 → 150; TRF 505"}
+VERDICTS = ("holds", "differs", "cannot tell")
 HEADER = f"""# The paper's claims, re-run
 
 Luo et al., NIPS 2016 (arXiv 1701.04128), claim by claim, on `widerf.measure` and `widerf.predict`: `make
@@ -26,8 +27,9 @@ AMBIGUOUS = """## What the paper leaves open
 
 - **Which map.** § 2.2 derives Var g, eq. 11 speaks of a standard deviation "of the ERF", and Fig. 1–2 show and
   count the averaged gradient without saying whether it is E|g|, the root of E g², or E g² itself (the mean of g
-  is 0, eq. 7). For a Gaussian, E|g| and √E g² have the same shape and are √2 wider than E g²; a slope over
-  depth is nearly free of it, a size is not. Figure 2 is given on both maps.
+  is 0, eq. 7). Where g is Gaussian over the draws, E|g| and √E g² have the same shape, and that of a Gaussian map
+  is √2 wider than E g². Figure 2 is given on both maps: sizes differ, and so do slopes over depths
+  that begin at 5, where the field's own border still shapes the map.
 - **Which depths** Fig. 2 has: its two slopes add up to that of the TRF, which the depths alone fix; see the
   identity above.
 - **The level.** "1 − 95.45 % of the centre point" is a level of the map, at 2.49 standard deviations of the map
@@ -45,11 +47,13 @@ AMBIGUOUS = """## What the paper leaves open
   It is not part of this page: see [far-pair](far-pair.md) and [CIFAR-10](cifar10.md)."""
 
 
-def counts(rows: Mapping[str, Record]) -> str:
-    """One line: how many rows have each verdict."""
-    said = [verdict(line) for part in rows.values() for line in part["rows"]]
-    told = ", ".join(f"{said.count(word)} {word}" for word in ("holds", "differs", "cannot tell"))
-    return f"Of {len(said) - said.count('–')} rows with a claim: {told}."
+def counts(parts: Sequence[Part], rows: Mapping[str, Record]) -> str:
+    """How many rows of each section have each verdict; rows that claim nothing are not counted."""
+    lines = ["| section | " + " | ".join(VERDICTS) + " |", "|---|" + "---|" * len(VERDICTS)]
+    for part in parts:
+        said = [verdict(line) for line in rows[part.name]["rows"]]
+        lines.append(f"| {part.title} | " + " | ".join(str(said.count(word)) for word in VERDICTS) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def section(part: Part, lines: Sequence[Record]) -> str:
@@ -86,5 +90,7 @@ def trained_section(rows: Sequence[Record]) -> str:
 
 def page(parts: Sequence[Part], rows: Mapping[str, Record], trained: Sequence[Record]) -> str:
     """Return the whole page."""
-    sections = [section(part, rows[part.name]["rows"]) for part in parts if part.name in rows]
-    return "\n".join([HEADER, counts(rows) + "\n", *sections, trained_section(trained), AMBIGUOUS])
+    made = [part for part in parts if part.name in rows]
+    sections = [section(part, rows[part.name]["rows"]) for part in made]
+    blocks = [HEADER, counts(made, rows), *sections, trained_section(trained), AMBIGUOUS]
+    return "\n\n".join(block.strip() for block in blocks) + "\n"

@@ -22,7 +22,18 @@ from experiments.harness.runs import Record
 from experiments.harness.statistics import Estimate
 from experiments.paper import activations, architecture, fields, fig1, fig2, growth, subsampling, trained
 from experiments.paper.__main__ import PARTS
-from experiments.paper.common import about, ledger, log_sum, measured, predicted, ratio, row, slope_weights, verdict
+from experiments.paper.common import (
+    Part,
+    about,
+    ledger,
+    log_sum,
+    measured,
+    predicted,
+    ratio,
+    row,
+    slope_weights,
+    verdict,
+)
 from experiments.paper.networks import Setting, network
 from experiments.paper.page import counts, page, trained_section
 from experiments.patterns.command import Problem
@@ -95,6 +106,18 @@ def test_the_same_seeds_give_the_same_rows_and_the_same_figure(tmp_path: Path) -
         rows = fig1.rows(folder, depths=(2,), runs=2, channels=4)
         made.append((rows, fig1.PART.figure(folder).read_bytes()))
     assert made[0] == made[1]
+
+
+def test_what_has_rows_is_kept_unless_asked_for_again(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def work(out: Path) -> list[Record]:
+        calls.append(out)
+        return [row("claim", "1", Estimate(len(calls), 0.0, 9.0, 2), (1, None))]
+
+    part, out = Part("some", "Some", "", work, draws=False), tmp_path / "new" / "folder"
+    kept = [part.fill(out, again=again)["rows"][0]["mean"] for again in (False, False, True, False)]
+    assert kept == [1, 1, 2, 2]
 
 
 def test_every_part_has_a_smoke_run() -> None:
@@ -207,5 +230,9 @@ def test_the_page_is_that_of_the_committed_rows_and_its_figures_are_small() -> N
     assert set(rows) == {part.name for part in PARTS}
     assert page(PARTS, rows, trained.ledger(RESULTS).rows()) == (RESULTS / "paper.md").read_text(encoding="utf-8")
     assert all(part.figure(RESULTS).stat().st_size < 100_000 for part in PARTS if part.draws)
-    claimed = [line for part in rows.values() for line in part["rows"] if line["accepted"] is not None]
-    assert f"Of {len(claimed)} rows" in counts(rows)
+
+
+def test_the_counts_leave_out_what_claims_nothing() -> None:
+    kept = [row("", "", Estimate(0.5, low, high, 20), (0, 1)) for low, high in ((0.4, 0.6), (0.4, 1.6), (0.4, 0.6))]
+    lines = counts([fields.PART], {"fields": {"rows": [*kept, row("", "", Estimate(0, 0, 0, 1), None)]}})
+    assert lines.splitlines()[-1] == f"| {fields.PART.title} | 2 | 0 | 1 |"
