@@ -44,7 +44,8 @@ AMBIGUOUS = """## What the paper leaves open
 - **What "diameter" and "ERF after training" are read on** in Fig. 3: no level, no number of images, no mode of
   the batch norm.
 - **Initialisation (§ 4)**, "30 % in a few cases", names neither seeds nor networks nor what time is taken of.
-  It is not part of this page: see [far-pair](far-pair.md) and [CIFAR-10](cifar10.md)."""
+  It is not part of this page: see [far-pair](study-far-pair.md), where strength 1, "too aggressive" by the paper,
+  is trained beside the others, [plain-20](study-plain20.md) and [CIFAR-10](cifar10.md)."""
 
 
 def counts(parts: Sequence[Part], rows: Mapping[str, Record]) -> str:
