@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,28 @@ class Block(nn.Module):
         return torch.relu(x + self.branch(x))
 
 
-def plain(activation: type[nn.Module], channels: int = 32, depth: int = 20) -> nn.Module:
-    """A stack of 3×3 convolutions, He-normal."""
+def plain(
+    activation: Callable[[], nn.Module],
+    channels: int = 32,
+    depth: int = 20,
+    *,
+    kernel_size: int = 3,
+    changed: Mapping[int, Mapping[str, int]] | None = None,
+) -> nn.Module:
+    """A stack of 3×3 convolutions, He-normal.
+
+    Args:
+        activation: class of what follows each convolution.
+        channels: of each layer but the image.
+        depth: number of convolutions.
+        kernel_size: odd side of the kernels.
+        changed: from the index of a convolution to its ``stride`` or ``dilation``; the padding follows.
+    """
     layers: list[nn.Module] = []
     for index in range(depth):
-        conv = nn.Conv2d(3 if index == 0 else channels, channels, 3, padding=1, bias=False)
+        own = dict((changed or {}).get(index, {}))
+        padding = own.get("dilation", 1) * (kernel_size // 2)
+        conv = nn.Conv2d(3 if index == 0 else channels, channels, kernel_size, padding=padding, bias=False, **own)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if activation is nn.ReLU else "linear")
         layers += [conv, activation()]
     return nn.Sequential(*layers)
