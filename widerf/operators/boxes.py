@@ -93,7 +93,9 @@ def merges_positions(outputs: list[Tensor], inputs: list[Tensor], spatial: tuple
     if seen is None:
         return False
     whole = [reach for reach in outputs if _sees_all(reach, seen)]
-    if whole and not any(_sees_all(reach, seen, torch.any) for reach in inputs):
+    if not whole:
+        return False
+    if not any(_sees_all(reach, seen, torch.any) for reach in inputs):
         return True
     channels = 2 if outputs and outputs[0].ndim == len(spatial) + 3 and len(spatial) > 1 else None
     for axis in {None, channels}:
