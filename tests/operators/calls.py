@@ -91,6 +91,11 @@ MOVES: dict[str, list[Case]] = {
         lambda n: (image(n), [None, index(2, 0)], image(n, channels=2)),
         lambda n: (image(n), [None, index(2, 2)], image(n, channels=2), True),
     ],
+    "scatter.src": [lambda n: (image(n), 1, _everywhere(n, index(2, 0)), image(n, channels=2, seed=1))],
+    "scatter.value": [lambda n: (image(n), 1, _everywhere(n, index(2, 0)), 0.5)],
+    "index_copy": [lambda n: (image(n), 1, index(2, 0), image(n, channels=2, seed=1))],
+    "index_fill.int_Scalar": [lambda n: (image(n), 1, index(2, 0), 0.5)],
+    "index_fill.int_Tensor": [lambda n: (image(n), 1, index(2, 0), values())],
     "view": [lambda n: (image(n), [4, n * n])],
     "view.dtype": [lambda n: (image(n), torch.float64)],
     "_unsafe_view": [lambda n: (image(n), [4, n * n])],
@@ -167,6 +172,17 @@ CONVOLUTION: dict[str, list[Case]] = {
     ]
 }
 
+
+def _with(case: Case, *more: Any) -> Case:
+    return lambda n: (*case(n), *more)
+
+
+# What TorchScript calls: with the switches of the libraries behind it, benchmark, deterministic, cuDNN, TF32.
+CONVOLUTION |= {
+    "_convolution": [_with(case, False, False, True, True) for case in CONVOLUTION["convolution"]],
+    "_convolution.deprecated": [_with(case, False, False, True) for case in CONVOLUTION["convolution"]],
+}
+
 MATMUL: dict[str, list[Case]] = {
     "mm": [lambda n: (values(3, n), values(n, 2))],
     "bmm": [lambda n: (values(2, 3, n), values(2, n, 2))],
@@ -189,6 +205,7 @@ RESAMPLING: dict[str, list[Case]] = {
     "adaptive_avg_pool1d": [lambda n: (image(n, 1), [3 * n // 4])],
     "adaptive_avg_pool2d": [lambda n: (image(n), [n // 2, 3 * n // 4])],
     "adaptive_max_pool2d": [lambda n: (image(n), [n // 2, 3 * n // 4])],
+    "adaptive_max_pool3d": [lambda n: (image(n, 3, 1), [n // 2, 3 * n // 4, n])],
     "upsample_linear1d": [lambda n: (image(n, 1), [2 * n], False)],
     "upsample_linear1d.vec": [lambda n: (image(n, 1), [2 * n], False, None)],
     "upsample_bilinear2d": [lambda n: (image(n), [2 * n, n], False), lambda n: (image(n), [2 * n, n // 2], True)],

@@ -101,7 +101,9 @@ def _made(call: Call, tape: Tape, fields: dict[int, Field]) -> tuple[dict[int, F
     inputs = {position: fields[value] for position, value in call.inputs.items() if value in fields}
     if not inputs:
         return {}, None
-    shift = misalignment([f.reach for f in inputs.values()]) if rule.joins and len(inputs) > 1 else None
+    reaches, shift = [f.reach for f in inputs.values()], None
+    if len(inputs) > 1 and rule.joins is not None and rule.joins(call, call.arguments(tape.values), reaches):
+        shift = misalignment(reaches)
     return _advance(call, rule, tape, inputs, tuple(tape.values[0].shape[2:])), shift
 
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +31,10 @@ from widerf.operators.flow import Flow
 from widerf.operators.normalisation import batch_statistics
 from widerf.operators.pointwise import slopes
 from widerf.operators.rule import Rule
+from widerf.trace.ambient import plain_arithmetic
 from widerf.trace.tape import Call, Tape
 
+_HALVES = (torch.float16, torch.bfloat16)
 _LARGE, _SMALL = 1e12, 1e-12  # energies are brought back to 1 when they leave this range: deep stacks would overflow
 
 
@@ -47,13 +51,30 @@ def backpropagate(tape: Tape, energy: Tensor) -> Tensor:
     Raises:
         UntreatedOperatorError: for an operator without a rule; the message names it and its module.
     """
-    return _Pass(tape).run(energy)
+    return backpropagate_scaled(tape, energy)[0]
 
 
 def backpropagate_scaled(tape: Tape, energy: Tensor) -> tuple[Tensor, float]:
     """Like :func:`backpropagate`, with the logarithm of the factor that brings the result to its true scale."""
-    backward = _Pass(tape)
-    return backward.run(energy), backward.log_scale
+    with plain_arithmetic():
+        tape = _in_single_precision(tape)
+        backward = _Pass(tape)
+        wide = energy.float() if energy.dtype in _HALVES else energy
+        return backward.run(wide), backward.log_scale
+
+
+def _in_single_precision(tape: Tape) -> Tape:
+    """The recording of a half-precision model, so that energies, squares of small numbers, do not underflow."""
+    if not any(value.dtype in _HALVES for value in tape.values):
+        return tape
+
+    def wide(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.float() if leaf.dtype in _HALVES else leaf
+        return torch.float32 if leaf in _HALVES else leaf
+
+    calls = [replace(call, leaves=tuple(map(wide, call.leaves))) for call in tape.calls]
+    return replace(tape, calls=calls, values=[wide(value) for value in tape.values])
 
 
 class _Pass:
@@ -66,6 +87,8 @@ class _Pass:
         for call in self.calls:
             if not _is_pointwise(call):
                 joints.update(call.inputs.values())
+            if call.detached:
+                joints.update(out for out in call.outputs if out is not None)
         # Between joints only element-wise operators lie: what is not a joint is differentiated within its group.
         self.joints = joints
         self.follow_common = any(batch_statistics(call, tape) for call in self.calls)
@@ -74,7 +97,7 @@ class _Pass:
         flows: dict[int, Flow] = {self.tape.target: Flow(energy)}
         for call in reversed(self.calls):
             outputs = [flows.pop(out, None) if out is not None else None for out in call.outputs]
-            if all(out is None for out in outputs):
+            if call.detached or all(out is None for out in outputs):
                 continue
             rule = rule_of(call.op)
             if rule is None:

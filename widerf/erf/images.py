@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from widerf._checks import require
-from widerf.trace.site import tensors_in
+from widerf.trace.layout import tensors_in
 
 
 class Images:

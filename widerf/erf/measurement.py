@@ -16,8 +16,9 @@ from widerf.erf.images import Images
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
 from widerf.errors import UntreatedOperatorError
+from widerf.trace.ambient import own_state, plain_arithmetic
 from widerf.trace.sandbox import untouched
-from widerf.trace.scene import Scene
+from widerf.trace.scene import Scene, noise
 from widerf.trace.site import MapSite, check_unit, probe_input
 
 _MAX_BLOCKS = 32
@@ -148,10 +149,6 @@ def _draws(
         yield energies
 
 
-class _Reached(Exception):  # noqa: N818  (not an error: it ends the forward pass)
-    pass
-
-
 class _Backward:
     """One forward pass up to the layer and one backward pass to the images."""
 
@@ -162,9 +159,9 @@ class _Backward:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the energy ``(images, *spatial)``, float64, of the units at fresh random signs."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with own_state(gradients=True):
             images = images.detach().clone().requires_grad_()
-            score = self._score(images)
+            score = self._signed(self.site.reach(self.model, images))
             gradient = torch.zeros_like(images)
             if score.requires_grad:
                 found = torch.autograd.grad(score, images, allow_unused=True)[0]
@@ -173,30 +170,10 @@ class _Backward:
         require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
         return energy
 
-    def _score(self, images: Tensor) -> Tensor:
-        calls = 0
-        score: list[Tensor] = []
-
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            nonlocal calls
-            if calls == self.site.call:
-                score.append(self._signed(self.site.lay(output)))
-                raise _Reached  # what follows the layer is not needed
-            calls += 1
-
-        handle = self.site.module.register_forward_hook(hook)
-        try:
-            self.model(images)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        require(bool(score), "layer", "be called in the same way in every forward pass", self.site.name)
-        return score[0]
-
     def _signed(self, output: Tensor) -> Tensor:
-        strides = torch.tensor([math.prod(self.site.spatial_shape[a + 1 :]) for a in range(output.ndim - 2)])
-        flat = (torch.tensor(self.units) * strides).sum(1).to(output.device)
+        strides = [math.prod(self.site.spatial_shape[axis + 1 :]) for axis in range(output.ndim - 2)]
+        places = [sum(i * s for i, s in zip(unit, strides, strict=True)) for unit in self.units]
+        flat = torch.tensor(places, device=output.device)
         values = output.flatten(2)[..., flat]
         coins = torch.randint(2, values.shape, generator=self.generator, device=self.generator.device)
         return (values * (2 * coins - 1).to(values)).sum()
@@ -206,7 +183,7 @@ def _frame(scene: Scene, units: list[tuple[int, ...]]) -> Frame:
     """Box that the units see together, by the trace of the model; where there is none, the units' cells stand in."""
     try:
         # The field is the same in both modes; in eval mode a single image will do.
-        tape = scene.record(probe_input(scene.model, scene.input_size, 1), evaluating=True)
+        tape = scene.record(noise(scene.model, scene.input_size, scene.image_seed), evaluating=True)
         return Frame.of(from_tape(tape, scene.site.name), units)
     except UntreatedOperatorError as error:
         return Frame.of_cells(scene.input_size[1:], scene.site.spatial_shape, units, str(error))
@@ -243,6 +220,10 @@ class _Blocks:
     def erf(self, frame: Frame, warn: bool = True) -> ERF:
         require(self.count > 0, "inputs", "hold at least one image", "none")
         blocks = torch.stack(self.sums)
+        with plain_arithmetic():
+            return self._erf(frame, blocks, warn)
+
+    def _erf(self, frame: Frame, blocks: Tensor, warn: bool) -> ERF:
         return ERF.from_energy(
             blocks.sum(0),
             center=frame.center,

@@ -12,6 +12,7 @@ from widerf.erf.energy import backpropagate_scaled
 from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
+from widerf.trace.ambient import plain_arithmetic
 from widerf.trace.scene import Scene
 
 
@@ -67,7 +68,8 @@ def predicted(scene: Scene, frame: Frame | None = None, *, warn: bool = True) ->
     """Return the predicted ERF of a scene; ``frame`` is its geometry where the caller knows that already."""
     energy, _ = expected_energy(scene)
     frame = Frame.of(from_tape(scene.tape, scene.site.name), [scene.unit]) if frame is None else frame
-    return ERF.from_energy(energy.cpu(), center=frame.center, trf_size=frame.trf_size, jump=frame.jump, warn=warn)
+    with plain_arithmetic():
+        return ERF.from_energy(energy.cpu(), center=frame.center, trf_size=frame.trf_size, jump=frame.jump, warn=warn)
 
 
 def expected_energy(scene: Scene) -> tuple[Tensor, float]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from widerf.erf.coordinates import Reading, read, read_all
 from widerf.errors import UntreatedOperatorError
+from widerf.trace.ambient import plain_arithmetic
 from widerf.trace.scene import Scene
-from widerf.trace.site import check_unit, probe_input
+from widerf.trace.site import check_unit
 from widerf.trace.tape import Tape
 
 
@@ -101,18 +102,18 @@ def receptive_field(
         ((11, 11), (4.0, 4.0), (16.0, 16.0))
     """
     scene = Scene.of(model, input_size, layer)
-    return from_tape(scene.record(probe_input(model, scene.input_size, batch=1)), scene.site.name)
+    return from_tape(scene.tape, scene.site.name)
 
 
 def from_tape(tape: Tape, layer: str) -> ReceptiveField:
     """Receptive field of the map of a recording."""
-    with torch.no_grad():
+    with plain_arithmetic(gradients=False):
         return _from_reading(read(tape), tuple(tape.values[0].shape[2:]), layer)
 
 
 def from_marks(tape: Tape, layers: Sequence[str]) -> dict[str, ReceptiveField | UntreatedOperatorError]:
     """Receptive fields of marked maps of one recording, which is walked once; the error stands where there is none."""
-    with torch.no_grad():
+    with plain_arithmetic(gradients=False):
         found = read_all(tape, [tape.marks[layer] for layer in layers])
     sizes = tuple(tape.values[0].shape[2:])
     answers: dict[str, ReceptiveField | UntreatedOperatorError] = {}

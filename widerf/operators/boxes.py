@@ -36,6 +36,22 @@ def thin(reach: Tensor) -> Tensor:
     return reach
 
 
+def stacked(components: list[Tensor]) -> Tensor:
+    """The components of boxes in one tensor, still with stride 0 along axes along which all of them have it."""
+    shape = components[0].shape
+    equal = [d for d in range(len(shape)) if shape[d] > 1 and all(c.stride(d) == 0 for c in components)]
+    for dim in equal:
+        components = [component.narrow(dim, 0, 1) for component in components]
+    return torch.stack(components).expand(-1, *shape)
+
+
+def reshaped(reach: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One component of boxes in another shape; a last axis along which all are equal is not copied."""
+    if reach.ndim and reach.stride(-1) == 0 and shape and shape[-1] == reach.shape[-1]:
+        return reach[..., 0].reshape(shape[:-1]).unsqueeze(-1).expand(shape)
+    return reach.reshape(shape)
+
+
 def expanded(reach: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Boxes broadcast to ``shape``."""
     lacking = len(shape) - (reach.ndim - 1)
@@ -52,21 +68,34 @@ def smallest(reaches: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.minimum, reaches)
 
 
-def _sees_all(reach: Tensor, spatial: tuple[int, ...], how: Callable[[Tensor], Tensor] = torch.all) -> bool:
-    """Whether every element, or with ``torch.any`` some element, sees the whole image."""
-    whole = torch.tensor([0.0 for _ in spatial] + [1.0 - n for n in spatial])
+def _sees_all(reach: Tensor, whole: Tensor, how: Callable[[Tensor], Tensor] = torch.all) -> bool:
+    """Whether every element, or with ``torch.any`` some element, sees a whole box."""
     return bool(how((thin(reach).reshape(len(reach), -1) <= whole[:, None]).all(0)))
 
 
-def merges_positions(outputs: list[Tensor], inputs: list[Tensor], spatial: tuple[int, ...], jump: Jump) -> bool:
-    """Whether every output sees the whole image in the same way, which not all inputs did.
+def _all_that_is_seen(inputs: list[Tensor], spatial: tuple[int, ...]) -> Tensor | None:
+    """The box that the inputs see together, within the image; ``None`` if they see nothing."""
+    together = smallest(thin(reach).reshape(len(reach), -1).amin(1) for reach in inputs)
+    if not bool(together.isfinite().all()):
+        return None
+    return torch.maximum(together, together.new_tensor([0.0 for _ in spatial] + [1.0 - n for n in spatial]))
 
-    "The same way" is tried strictly and with some slack: channels may see differently (part of them went through a
-    further layer), and so may neighbours, by one jump (attention among every second position). Where no input saw
-    the whole image, it is enough that every output does.
+
+def merges_positions(outputs: list[Tensor], inputs: list[Tensor], spatial: tuple[int, ...], jump: Jump) -> bool:
+    """Whether every output sees all that the inputs saw in the same way, which not all inputs did.
+
+    All that the inputs saw need not be the whole image: a stride may leave the last pixels out. "The same way" is tried
+    strictly and with some slack: channels may see differently (part of them went through a further layer), and so may
+    neighbours, by one jump (attention among every second position). Where no input saw all, it is enough that every
+    output does.
     """
-    whole = [reach for reach in outputs if _sees_all(reach, spatial)]
-    if whole and not any(_sees_all(reach, spatial, torch.any) for reach in inputs):
+    seen = _all_that_is_seen(inputs, spatial)
+    if seen is None:
+        return False
+    whole = [reach for reach in outputs if _sees_all(reach, seen)]
+    if not whole:
+        return False
+    if not any(_sees_all(reach, seen, torch.any) for reach in inputs):
         return True
     channels = 2 if outputs and outputs[0].ndim == len(spatial) + 3 and len(spatial) > 1 else None
     for axis in {None, channels}:
@@ -87,6 +116,11 @@ def _is_constant(reach: Tensor, free: int | None = None, slack: float = 0.0) -> 
     for dim in dims:
         first = first.narrow(dim, 0, 1)
     return bool(((reach == first) | ((reach - first).abs() <= slack)).all())
+
+
+def is_constant_along(reach: Tensor, dim: int) -> bool:
+    """Whether boxes are equal along one axis."""
+    return reach.stride(dim) == 0 or bool((reach == reach.narrow(dim, 0, 1)).all())
 
 
 def misalignment(reaches: list[Tensor]) -> tuple[float, ...] | None:
@@ -117,6 +151,7 @@ def extend(reach: Tensor, dim: int, before: int, after: int, jump: Jump) -> Tens
     if before == after == 0:
         return reach
     period, slope = _slope(reach, dim, jump)
+    beyond = 0.0 if bool(slope.any()) else EMPTY  # what is added along an axis that is none of the image's sees nothing
     index = torch.arange(-before, n + after)
     turns = torch.where(
         index < 0, -((-index + period - 1) // period), torch.where(index >= n, (index - n) // period + 1, 0)
@@ -126,7 +161,7 @@ def extend(reach: Tensor, dim: int, before: int, after: int, jump: Jump) -> Tens
     shape[dim] = len(index)
     steps = turns.to(reach.dtype).view(shape) * slope
     taken = reach.index_select(dim, source)
-    return torch.where(taken.isfinite() & (turns.view(shape) != 0), taken + steps, taken)
+    return torch.where(taken.isfinite() & (turns.view(shape) != 0), taken + steps + beyond, taken)
 
 
 def _slope(reach: Tensor, dim: int, jump: Jump) -> tuple[int, Tensor]:
@@ -136,13 +171,15 @@ def _slope(reach: Tensor, dim: int, jump: Jump) -> tuple[int, Tensor]:
         rank = len(jump)
         slope = reach.new_zeros(2 * rank, *(1 for _ in range(reach.ndim - 1)))
         axis = dim - (reach.ndim - rank)
-        if 0 <= axis < rank:
+        if 0 <= axis < rank and reach.ndim == rank + 3 and _is_constant(reach[axis : axis + 1]):
             slope[axis], slope[rank + axis] = jump[axis], -jump[axis]
-        return 1, slope
+        return 1, slope  # 0 along an axis that was inserted: the image's own lies elsewhere
     for period in range(1, min(n // 2, _PERIODS) + 1):
-        difference = reach.narrow(dim, period, n - period) - reach.narrow(dim, 0, n - period)
-        first = difference.narrow(dim, 0, 1)
-        if bool(((difference - first).abs().nan_to_num(0.0) < 1e-3).all()):
+        later, sooner = reach.narrow(dim, period, n - period), reach.narrow(dim, 0, n - period)
+        difference = later - sooner  # not a number between two elements that see nothing
+        first = difference.nan_to_num(-EMPTY).amax(dim, keepdim=True)
+        steady = (difference - first).abs().nan_to_num(0.0) < 1e-3
+        if bool((steady & (later.isfinite() == sooner.isfinite())).all()):
             return period, first.nan_to_num(0.0, 0.0, 0.0)
     mean = (reach.narrow(dim, n - 1, 1) - reach.narrow(dim, 0, 1)) / (n - 1)
     return 1, mean.nan_to_num(0.0, 0.0, 0.0)

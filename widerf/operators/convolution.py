@@ -138,4 +138,4 @@ def _met(n_in: int, n_out: int, kernel: int, arguments: Arguments, axis: int) ->
     return sum(0 <= place < n_in for place in places) / (kernel * n_in)
 
 
-NAMES = named(Rule("convolution", _boxes, _energy, _common, _jump), "convolution")
+NAMES = named(Rule("convolution", _boxes, _energy, _common, _jump), "convolution _convolution")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from widerf.operators.boxes import Jump, expanded, smallest
+from widerf.operators.boxes import Jump, thin, union_of
 from widerf.operators.flow import Energies
 from widerf.operators.rule import Arguments, Inputs, Parts, Rule, named
 from widerf.trace.tape import Call
@@ -28,14 +28,15 @@ def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any],
     row, column = arguments[left].ndim > 1, arguments[right].ndim > 1
     parts = []
     for position, reach in reaches.items():
+        reach = thin(reach)  # noqa: PLW2901
         name = call.op._schema.arguments[position].name
         if name == added:
-            parts.append(expanded(reach, shapes[0]))
+            parts.append(reach)
         elif name == left:
-            parts.append(reach.amin(-1, keepdim=row and column).expand(-1, *shapes[0]))
+            parts.append(reach.amin(-1, keepdim=row and column))
         else:
-            parts.append(reach.amin(-2 if column else -1, keepdim=row).expand(-1, *shapes[0]))
-    return [smallest(parts)]
+            parts.append(reach.amin(-2 if column else -1, keepdim=row))
+    return [union_of(parts, shapes[0])]
 
 
 def _energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies) -> Parts:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.operators.boxes import EMPTY, Jump, extend, per_axis
+from widerf.operators.boxes import EMPTY, Jump, extend, is_constant_along, per_axis, reshaped, smallest, stacked
 from widerf.operators.flow import Energies, carried
 from widerf.operators.rule import Arguments, Inputs, Parts, Rule, Shape, joined, named
 from widerf.trace.tape import Call, transposed_jacobian
@@ -38,7 +38,7 @@ def by(move: Move) -> Callable[[Call, Arguments, Inputs, list[Any], Jump], Outco
         found: Outcome = []
         for outs in zip(*parts, strict=True):
             whole = [o for o in outs if o is not None]
-            found.append(torch.stack(whole) if len(whole) == len(outs) and whole[0].is_floating_point() else None)
+            found.append(stacked(whole) if len(whole) == len(outs) and whole[0].is_floating_point() else None)
         return found
 
     return boxes
@@ -50,6 +50,10 @@ def _itself(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any])
 
 def _filled(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
     """Constants that are joined to boxes (a class token, zeros to be filled) see nothing."""
+    if call.data:  # what is written may go anywhere
+        nothing = torch.full((), EMPTY)
+        written = [reach.amin() for position, reach in leaves.items() if position > 0 and reach.numel()]
+        return (smallest([leaves.get(0, nothing).expand(shapes[0]), *written]),)
     constants = {
         i: torch.full_like(leaf, EMPTY, dtype=torch.float32)
         for i, leaf in enumerate(call.leaves)
@@ -60,7 +64,7 @@ def _filled(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any])
 
 def _viewed(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
     """A view of the recorded tensor need not be one of the boxes, which are laid out differently."""
-    return (next(iter(leaves.values())).reshape(shapes[0]),)
+    return (reshaped(next(iter(leaves.values())), shapes[0]),)
 
 
 def _kept(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
@@ -83,9 +87,30 @@ def _any_of(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any])
     return (reach.amin(arguments["dim"], keepdim=True).expand(shapes[0]),)
 
 
+def _indexed(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
+    """Where the index depends on the image, any element along the indexed axes may come out."""
+    if not call.data:
+        return call.run(leaves)
+    ((position, reach),) = leaves.items()
+    dims = _indexed_dims(arguments, reach.ndim)
+    return call.run({position: reach.amin(dims, keepdim=True).expand_as(reach)})
+
+
+def _indexed_dims(arguments: Arguments, ndim: int) -> tuple[int, ...]:
+    if "dim" in arguments:
+        return (arguments["dim"] % ndim,)
+    dims: list[int] = []
+    at = 0
+    for index in arguments.get("indices", [None] * ndim):
+        wide = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        dims += range(at, at + wide) if index is not None else []
+        at += wide
+    return tuple(dims) or tuple(range(ndim))  # ``take`` runs over all of them
+
+
 def _put(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
-    """Elements that are overwritten see what is written; those that are added to, both."""
-    if not arguments["accumulate"]:
+    """Elements that are overwritten see what is written, those that are added to both."""
+    if not arguments["accumulate"] or call.data:
         return _filled(call, arguments, leaves, shapes)
     nothing = torch.full((), EMPTY)
     own, written = leaves.get(0, nothing), leaves.get(1 + len(arguments["indices"]), nothing)
@@ -121,6 +146,13 @@ def _unfolded(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[An
     return [torch.stack(columns)]
 
 
+def _along_channels(call: Call, arguments: Arguments, reaches: list[Tensor]) -> bool:
+    """Whether parts are joined along an axis on which positions do not move: channels, not parts of one map."""
+    stacked = call.name == "stack"
+    dim = arguments["dim"] % (reaches[0].ndim - 1 + stacked) + 1
+    return dim <= 2 if stacked else all(is_constant_along(reach, dim) for reach in reaches)
+
+
 # ── jump ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -136,7 +168,7 @@ def _bordered(call: Call, arguments: Arguments, before: Shape, after: Shape) -> 
 
 
 def _moves(move: Move) -> Rule:
-    return Rule("moves", by(move), energy, carried, joins=True)
+    return Rule("moves", by(move), energy, carried)
 
 
 NAMES = joined(
@@ -144,24 +176,26 @@ NAMES = joined(
         named(
             _moves(_itself),
             "permute transpose t unsqueeze squeeze expand slice select split split_with_sizes unsafe_split "
-            "unsafe_split_with_sizes unbind take index index_select gather roll flip repeat pixel_shuffle "
+            "unsafe_split_with_sizes unbind roll flip repeat pixel_shuffle "
             "pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal movedim unflatten tril triu rot90 "
             "repeat_interleave narrow chunk",
         ),
-        named(_moves(_filled), "cat stack copy slice_scatter select_scatter"),
+        named(Rule("moves", by(_filled), energy, carried, joins=_along_channels), "cat stack"),
+        named(_moves(_indexed), "take index index_select gather"),
+        named(_moves(_filled), "copy slice_scatter select_scatter scatter.src scatter.value index_copy index_fill"),
         named(_moves(_put), "index_put"),
         named(_moves(_viewed), "view _unsafe_view reshape _reshape_alias"),
         named(_moves(_kept), "clone alias detach _to_copy contiguous lift_fresh"),
         named(_moves(_strided), "as_strided"),
-        named(Rule("moves", _padded, energy, carried, _bordered, joins=True), "constant_pad_nd"),
+        named(Rule("moves", _padded, energy, carried, _bordered), "constant_pad_nd"),
         named(_moves(_any_of), "topk sort"),
         named(
-            Rule("moves", _mirrored, energy, carried, _bordered, joins=True),
+            Rule("moves", _mirrored, energy, carried, _bordered),
             "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
         ),
-        named(Rule("moves", _unfolded, energy, carried, joins=True), "im2col"),
+        named(Rule("moves", _unfolded, energy, carried), "im2col"),
         named(
-            Rule("moves", by(_itself), energy, carried, _resized, joins=True),
+            Rule("moves", by(_itself), energy, carried, _resized),
             "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
             "_upsample_nearest_exact2d _upsample_nearest_exact3d",
         ),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.operators.boxes import Jump
+from widerf.operators.boxes import Jump, thin
 from widerf.operators.flow import Energies, Flow, root, scattered
 from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, in_place, joined, named
 from widerf.trace.tape import Call, Tape
@@ -28,7 +28,7 @@ def _join_channels(
     """Boxes stay; only what is normalised at each position by itself, over channels, joins its elements."""
     reach, *statistics = _stay(call, arguments, reaches, shapes, jump)
     if reach is not None and not _over_many_axes(call, arguments):
-        reach = reach.amin(-1, keepdim=True).expand_as(reach)
+        reach = thin(reach).amin(-1, keepdim=True).expand_as(reach)
     return [reach, *statistics]
 
 
@@ -37,14 +37,14 @@ def _join_scores(
 ) -> list[Tensor | None]:
     (reach,) = reaches.values()
     dim = arguments["dim"] % (reach.ndim - 1) + 1
-    return [reach.amin(dim, keepdim=True).expand_as(reach)]
+    return [thin(reach).amin(dim, keepdim=True).expand_as(reach)]
 
 
 # ── statistics over the positions of one image (batch statistics in training are left aside) ────────────
 
 
 def _without_running_mean(call: Call, arguments: Arguments) -> bool:
-    return call.name == "_native_batch_norm_legit" and arguments.get("running_mean") is None
+    return arguments.get("running_mean") is None
 
 
 def _over_positions(call: Call, arguments: Arguments) -> bool:

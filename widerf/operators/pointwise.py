@@ -10,7 +10,7 @@ from torch import Tensor
 
 from widerf.operators.boxes import EMPTY, Jump, union_of
 from widerf.operators.moves import by
-from widerf.operators.rule import Arguments, Inputs, Rule, in_place, joined, named
+from widerf.operators.rule import Arguments, Inputs, Rule, always, in_place, joined, named
 from widerf.trace.tape import Call
 
 
@@ -20,9 +20,11 @@ def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any],
 
 
 def _chosen(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
-    """By a mask the one or the other, not both; constants see nothing."""
+    """By a mask the one or the other, by one that depends on the image both; constants see nothing."""
     nothing = torch.full((), EMPTY)
-    return (torch.where(arguments["condition"], leaves.get(1, nothing), leaves.get(2, nothing)).expand(shapes[0]),)
+    one, other = leaves.get(1, nothing), leaves.get(2, nothing)
+    chosen = torch.minimum(one, other) if call.data else torch.where(arguments["condition"], one, other)
+    return (chosen.expand(shapes[0]),)
 
 
 def slopes(calls: Sequence[Call], inputs: Inputs, last: int) -> list[Tensor | None]:
@@ -49,7 +51,7 @@ def slopes(calls: Sequence[Call], inputs: Inputs, last: int) -> list[Tensor | No
         return list(torch.autograd.grad(known[last].sum(), leaves, allow_unused=True))
 
 
-RULE = Rule("pointwise", _boxes, None, jump=in_place, joins=True)
+RULE = Rule("pointwise", _boxes, None, jump=in_place, joins=always)
 # Operators that torch itself marks as such (torch.Tag.pointwise) need not be listed; torch 2.11 leaves some out.
 NAMES = joined(
     [
@@ -58,6 +60,6 @@ NAMES = joined(
             "hardswish _prelu_kernel masked_fill clamp clamp_min clamp_max hardtanh elu mish log_sigmoid_forward "
             "leaky_relu celu selu hardsigmoid max.other min.other",
         ),
-        named(Rule("pointwise", by(_chosen), None, jump=in_place, joins=True), "where"),
+        named(Rule("pointwise", by(_chosen), None, jump=in_place), "where"),
     ]
 )

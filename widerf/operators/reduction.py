@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.operators.boxes import EMPTY, Jump
+from widerf.operators.boxes import EMPTY, Jump, thin
 from widerf.operators.flow import Energies, averaged
 from widerf.operators.rule import Arguments, Inputs, Parts, Rule, joined, named
 from widerf.trace.tape import Call, transposed_jacobian
@@ -25,7 +25,9 @@ def reduced_dims(arguments: Arguments, ndim: int) -> tuple[int, ...]:
 
 def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any], jump: Jump) -> list[Tensor | None]:
     (reach,) = reaches.values()
-    union = reach.amin(tuple(d + 1 for d in reduced_dims(arguments, reach.ndim - 1)))
+    dims = reduced_dims(arguments, reach.ndim - 1)
+    kept = [1 if dim in dims else n for dim, n in enumerate(reach.shape[1:])]
+    union = thin(reach).amin(tuple(dim + 1 for dim in dims), keepdim=True).expand(-1, *kept)
     return [None if shape is None else union.reshape(-1, *shape) for shape in shapes]
 
 

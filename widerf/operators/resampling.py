@@ -143,7 +143,9 @@ NAMES = joined(
             Rule("resampling", _resampled, _linear, averaged, _ratio, mixes=True),
             "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d",
         ),
-        named(Rule("resampling", _cells, _of_one, averaged, _ratio, mixes=True), "adaptive_max_pool2d"),
+        named(
+            Rule("resampling", _cells, _of_one, averaged, _ratio, mixes=True), "adaptive_max_pool2d adaptive_max_pool3d"
+        ),
         named(
             Rule("resampling", _resampled, _linear, carried, _ratio, mixes=True),
             "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "

@@ -33,6 +33,11 @@ def in_place(call: Call, arguments: Arguments, before: Shape, after: Shape) -> J
     return tuple(1.0 for _ in before[2:]) if before[2:] == after[2:] else None
 
 
+def always(call: Call, arguments: Arguments, reaches: list[Tensor]) -> bool:
+    """All inputs meet."""
+    return True
+
+
 @dataclass(frozen=True)
 class Rule:
     """What one kind of operator does to what its tracked inputs see, and to the gradients of its outputs.
@@ -51,7 +56,8 @@ class Rule:
         jump: ``(call, arguments, before, after)`` → by how much the distance of neighbours grows per spatial axis from
             an input of shape ``before`` to an output of shape ``after``; ``None`` where only the sizes tell.
         mixes: whether an output element may see all positions of its input: a global path is looked for.
-        joins: whether inputs are laid on each other or side by side: paths that are shifted are looked for.
+        joins: ``(call, arguments, reaches)`` → whether inputs meet at the same positions, so that paths which are
+            shifted against each other are reported; parts that are put side by side do not.
         over_space: ``(call, arguments)`` → whether statistics over the positions of one image enter.
     """
 
@@ -61,7 +67,7 @@ class Rule:
     common: Callable[[Call, Arguments, Inputs, Energies, Energies], CommonParts] = scattered
     jump: Callable[[Call, Arguments, Shape, Shape], Jump | None] = by_sizes
     mixes: bool = False
-    joins: bool = False
+    joins: Callable[[Call, Arguments, list[Tensor]], bool] | None = None
     over_space: Callable[[Call, Arguments], bool] | None = None
 
 

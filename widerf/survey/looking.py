@@ -36,7 +36,7 @@ def _looks(call: Call, tape: Tape) -> bool:
 
 def _joins(call: Call) -> bool:
     rule = rule_of(call.op)
-    return rule is not None and rule.joins and len(set(call.inputs.values())) > 1
+    return rule is not None and rule.joins is not None and len(set(call.inputs.values())) > 1
 
 
 def heard(tape: Tape, model: nn.Module, silent: Collection[str]) -> set[int]:

@@ -7,9 +7,8 @@ code; in-place writes, also through views, are rewritten as operators that retur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +17,11 @@ from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widerf._checks import require
-from widerf.errors import UntreatedOperatorError
-from widerf.trace.site import MapSite, tensors_in
+from widerf.trace.ambient import plain_pass
+from widerf.trace.layout import tensors_in
+from widerf.trace.site import MapSite, names_of
 from widerf.trace.tape import Call, Tape, operator_name
+from widerf.trace.writes import Write, functional_form, out_arguments, source_of, storage_of, written_tensors
 
 # Operators that read the shape of a tensor and not what it holds.
 _SHAPE_ONLY = {
@@ -36,7 +36,8 @@ def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSi
     The caller keeps the model safe (:func:`widerf.trace.sandbox.untouched`): batch statistics move as in any forward
     pass. Attention is unfolded into its matrix products. A random mask (dropout, stochastic depth) is replaced by the
     constant whose square is the mean square of the mask, √keep: second moments, forwards and backwards, are then those
-    of the mask.
+    of the mask. The caller's ``inference_mode``, ``no_grad``, autocast and compilation do not reach the model; what it
+    computes under a ``no_grad`` of its own is recorded as detached.
 
     Args:
         model: any module that takes one tensor.
@@ -47,8 +48,22 @@ def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSi
     Raises:
         ValueError: if the map does not depend on the input.
     """
-    recorder = _Recorder(images, {id(module): name for name, module in model.named_modules()})
-    wanted = {id(mark.module): mark for mark in (*also, site)}
+    with plain_pass():
+        images = images.clone() if images.is_inference() else images
+        recorder = _Recorder(images, {id(module): name for module, name in names_of(model).items()})
+        with _frozen_weights(model), _paths(recorder, site, also), _own_functions(recorder), recorder:
+            reached = site.reach(model, images)
+        target = recorder.value_of(reached)
+    if target is None:
+        raise ValueError(f"layer must depend on the input, got {site.name!r}")
+    recorder.tape.target = recorder.tape.marks[site.name] = target
+    return recorder.tape
+
+
+@contextmanager
+def _paths(recorder: _Recorder, site: MapSite, also: Sequence[MapSite]) -> Iterator[None]:
+    """Tell the recorder which module runs and mark maps; by global hooks: the model's own hooks stay as they are."""
+    wanted = {id(mark.module): mark for mark in also if mark.module is not site.module}
     calls: dict[int, int] = {}
 
     def enter(module: nn.Module, inputs: Any) -> None:
@@ -66,34 +81,9 @@ def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSi
         if mark is None:
             return
         call = calls[id(module)] = calls.get(id(module), -1) + 1
-        if call == mark.call and mark is site:
-            raise _ReachedError(site.lay(output))
         if call == mark.call and (value := recorder.value_of(mark.lay(output))) is not None:
             recorder.tape.marks[mark.name] = value
 
-    reached = None
-    with torch.no_grad(), _plain_operators(), _hooks(enter, leave), recorder:
-        try:
-            model(images)
-        except _ReachedError as stop:
-            reached = stop.output
-    require(reached is not None, "layer", "be called in the model's forward pass", site.name)
-    target = recorder.value_of(reached) if reached is not None else None
-    if target is None:
-        raise ValueError(f"layer must depend on the input, got {site.name!r}")
-    recorder.tape.target = recorder.tape.marks[site.name] = target
-    return recorder.tape
-
-
-class _ReachedError(Exception):
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-
-@contextmanager
-def _hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    # Global hooks: those of the model's own modules stay as they are.
     handles = [
         module_hooks.register_module_forward_pre_hook(enter),
         module_hooks.register_module_forward_hook(leave),
@@ -106,31 +96,36 @@ def _hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[N
 
 
 @contextmanager
-def _plain_operators() -> Iterator[None]:
-    """Keep attention from running as one closed operator."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Without weights that want gradients autograd records nothing of its own."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        plain: Any = sdpa_kernel(SDPBackend.MATH)
-    except ImportError:  # torch 2.2
-        plain = nullcontext()
-    try:
-        with plain:
-            yield
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
-@dataclass(frozen=True)
-class _Write:
-    """An in-place write: the value written and where it lies in its storage."""
+@contextmanager
+def _own_functions(recorder: _Recorder) -> Iterator[None]:
+    """Custom autograd functions, such as checkpoints, switch gradients off inside, and yet they have a derivative."""
+    base = torch.autograd.Function
+    original = base.__dict__["apply"]
 
-    value: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder.modes.append(recorder.differentiates())
+        try:
+            return original.__get__(None, cls)(*args, **kwargs)
+        finally:
+            recorder.modes.pop()
+
+    base.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        base.apply = original
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -141,43 +136,88 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.names = names
         self.path = [""]
+        self.modes: list[bool] = []  # whether gradients were on where each custom function that now runs was called
         self._ids: dict[int, int] = {}
         self._keep: list[Tensor] = []
         self._aliases: dict[int, list[Tensor]] = {}
-        self._writes: dict[int, list[_Write]] = {}  # per storage, all in-place writes of tracked values
+        self._writes: dict[int, list[Write]] = {}  # per storage, all in-place writes of tracked values
         self._seen: dict[int, int] = {}  # per tensor, how many of its storage's writes its value includes
+        self._data: set[int] = set()  # storages of what depends on the image without a derivative: masks, indices
         self._bind(images)
 
+    def differentiates(self) -> bool:
+        """Whether the model means what runs now to be differentiated."""
+        return self.modes[-1] if self.modes else torch.is_grad_enabled()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs or {}))
-        inputs = {i: v for i, leaf in enumerate(leaves) if (v := self.value_of(leaf)) is not None}
-        written = _written(func, args, kwargs or {}) if func._schema.is_mutable else []
-        if not inputs or operator_name(func) in _SHAPE_ONLY:
-            if func._schema.name == "aten::bernoulli_":
-                share = args[1] if len(args) > 1 else 0.5  # the dispatcher leaves out what equals the default
-                if not isinstance(share, Tensor):
-                    return args[0].fill_(math.sqrt(float(share)))
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # the model's own: operators come here before they are taken apart
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        leaves, _ = pytree.tree_flatten((args, kwargs))
+        tracked = any(self.value_of(leaf) is not None for leaf in leaves)
+        if func._schema.name == "aten::bernoulli_" and not tracked:
+            share = args[1] if len(args) > 1 else 0.5  # the dispatcher leaves out what equals the default
+            if not isinstance(share, Tensor):
+                return args[0].fill_(math.sqrt(float(share)))
+        if operator_name(func) in _SHAPE_ONLY:
+            return func(*args, **kwargs)
+        if tracked:
+            return self._note(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if any(self._is_data(leaf) for leaf in leaves):
+            self._mark_data([*pytree.tree_flatten(result)[0], *written_tensors(func, args, kwargs)])
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator on tracked values and write it down."""
+        written = written_tensors(func, args, kwargs)
         # BN writes its running statistics, which do not depend on the input as far as derivatives go.
-        state = [t for t in written if self.value_of(t) is None and not func._schema.name.endswith("_")]
-        written = [t for t in written if not any(t is s for s in state)]
+        outs = out_arguments(func)
+        given = [kwargs[name] for name in outs if name in kwargs]
+        inplace = operator_name(func).endswith("_")
+        written = [t for t in written if inplace or self.value_of(t) is not None or any(t is o for o in given)]
+        leaves, spec = pytree.tree_flatten((args, {k: v for k, v in kwargs.items() if k not in outs}))
+        inputs = {i: v for i, leaf in enumerate(leaves) if (v := self.value_of(leaf)) is not None}
+        data = frozenset(i for i, leaf in enumerate(leaves) if i not in inputs and self._is_data(leaf))
+        frozen = tuple(None if i in inputs else _frozen(leaf, written) for i, leaf in enumerate(leaves))
+        moved = written if torch.Tag.inplace_view in func.tags else []
         for tensor in written:
             self._snapshot(tensor)
-        frozen = tuple(None if i in inputs else _frozen(leaf, written) for i, leaf in enumerate(leaves))
-        result = func(*args, **(kwargs or {}))
-        op = _functional(func) if written else func
-        outputs = tuple(self._bind(t) for t in pytree.tree_flatten(result)[0])
-        self.tape.calls.append(Call(op, frozen, spec, inputs, outputs, self.path[-1]))
+        overwritten = {id(t): self._ids.get(id(t)) for t in written if inplace and not moved}
+        result = func(*args, **kwargs)
+        op = functional_form(func) if written else func
+        differentiates = self.differentiates()
+        made = pytree.tree_flatten(result)[0]
+        outputs = tuple(self._bind(t) for t in made)
+        call = Call(op, frozen, spec, inputs, outputs, self.path[-1], data, not differentiates)
+        if not differentiates and made and (old := overwritten.get(id(made[0]))) is not None:
+            # Autograd does not see the write: what the tensor was is differentiated on.
+            call = Call(torch.ops.aten.alias.default, *_one(old), outputs, self.path[-1])
+        self.tape.calls.append(call)
+        self._mark_data([t for t, value in zip(made, outputs, strict=True) if value is None])
         for tensor in written:
-            self._note_write(tensor)
+            if not moved:
+                self._note_write(tensor)
         return result
+
+    def _is_data(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and storage_of(leaf) in self._data
+
+    def _mark_data(self, tensors: list[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._keep.append(tensor)
+                self._data.add(storage_of(tensor))
 
     def value_of(self, tensor: Any) -> int | None:
         """Identity of the value that a tensor holds now, ``None`` if it does not depend on the input."""
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             return None
         known = self._ids.get(id(tensor))
-        writes = self._writes.get(_storage(tensor), ())
+        writes = self._writes.get(storage_of(tensor), ())
         seen = self._seen.get(id(tensor), 0)
         for write in writes[seen:]:
             known = self._refresh(tensor, known, write)
@@ -189,34 +229,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give a tensor a new value."""
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             return None
-        self.tape.values.append(tensor)
+        self.tape.values.append(_ordinary(tensor))
         self._keep.append(tensor)
         self._ids[id(tensor)] = len(self.tape.values) - 1
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         self._aliases.setdefault(storage, []).append(tensor)
         self._seen[id(tensor)] = len(self._writes.get(storage, ()))
         return self._ids[id(tensor)]
 
     def _snapshot(self, tensor: Tensor) -> None:
         """Before a write: copy what the storage's other values hold."""
-        for alias in self._aliases.get(_storage(tensor), ()):
+        for alias in self._aliases.get(storage_of(tensor), ()):
             value = self._ids[id(alias)]
             if self.tape.values[value] is alias:
                 self.tape.values[value] = alias.clone()
 
     def _note_write(self, tensor: Tensor) -> None:
-        writes = self._writes.setdefault(_storage(tensor), [])
-        writes.append(_Write(self._ids[id(tensor)], tensor.shape, tensor.stride(), int(tensor.storage_offset())))
+        writes = self._writes.setdefault(storage_of(tensor), [])
+        writes.append(Write(self._ids[id(tensor)], tensor.shape, tensor.stride(), int(tensor.storage_offset())))
         self._seen[id(tensor)] = len(writes)
 
-    def _refresh(self, tensor: Tensor, known: int | None, write: _Write) -> int | None:
+    def _refresh(self, tensor: Tensor, known: int | None, write: Write) -> int | None:
         """After a write through another view: the tensor's value is made of its old one and of what was written."""
-        length = tensor.untyped_storage().nbytes() // tensor.element_size()
-        places = torch.full((length,), -1, dtype=torch.int64, device=tensor.device)
-        count = math.prod(write.size)
-        lying = torch.arange(count, device=tensor.device).view(write.size)
-        places.as_strided(write.size, write.stride, write.offset).copy_(lying)
-        source = places.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        source = source_of(tensor, write.size, write.stride, write.offset)
         covered = source >= 0
         if not bool(covered.any()):
             return known
@@ -226,39 +261,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         old = {} if known is None else {2: known}
         constant = tensor.clone()
         value = self._emit(torch.ops.aten.where.self, [covered, self.tape.values[taken], constant], {1: taken, **old})
-        self.tape.values[value] = tensor
+        self.tape.values[value] = _ordinary(tensor)
         self._ids[id(tensor)] = value
         if known is None:
             self._keep.append(tensor)
-            self._aliases.setdefault(_storage(tensor), []).append(tensor)
+            self._aliases.setdefault(storage_of(tensor), []).append(tensor)
         return value
 
     def _emit(self, op: Any, leaves: list[Any], inputs: dict[int, int]) -> int:
         _, spec = pytree.tree_flatten((tuple(leaves), {}))
-        result = op(*leaves)
-        self.tape.values.append(result)
+        self.tape.values.append(op(*leaves))
         value = len(self.tape.values) - 1
         frozen = tuple(None if i in inputs else leaf for i, leaf in enumerate(leaves))
         self.tape.calls.append(Call(op, frozen, spec, inputs, (value,), self.path[-1]))
         return value
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    written = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            written += [t for t in pytree.tree_flatten(value)[0] if isinstance(t, Tensor)]
-    return written
-
-
-def _functional(func: Any) -> Any:
-    """The operator that returns what an in-place one writes: ``aten.relu_`` → ``aten.relu``."""
-    name = operator_name(func)
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    if packet is None or func._overloadname not in packet.overloads():
-        raise UntreatedOperatorError(f"the recording has no form of operator {func} that leaves its input alone")
-    return getattr(packet, func._overloadname)
+def _one(value: int) -> tuple[tuple[None], Any, dict[int, int]]:
+    """Leaves, their structure and the inputs of a call with one tracked argument."""
+    _, spec = pytree.tree_flatten(((0,), {}))
+    return (None,), spec, {0: value}
 
 
 def _first_shape(tensors: Any) -> tuple[int, ...] | None:
@@ -266,8 +288,14 @@ def _first_shape(tensors: Any) -> tuple[int, ...] | None:
 
 
 def _frozen(leaf: Any, written: list[Tensor]) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and any(leaf is t for t in written) else leaf
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if any(leaf is t for t in written) else _ordinary(leaf)
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that may be differentiated, also where the model works under an ``inference_mode`` of its own."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from widerf._checks import require
 from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
-from widerf.trace.site import MapSite, check_input_size, check_unit, probe_input, spatial_layer, spatial_layers
+from widerf.trace.site import (
+    MapSite,
+    check_input_size,
+    check_unit,
+    names_of,
+    probe_input,
+    spatial_layer,
+    spatial_layers,
+)
 from widerf.trace.tape import Tape
 
 
@@ -100,8 +108,11 @@ class Scene:
             in_place: whether all that changed are parameters that the recorded operators read themselves: the
                 recording is then run through again; else (computed weights, new modules) the model is recorded anew.
         """
-        if not in_place or self._tape is None:
-            return replace(self, _tape=None)
+        if not in_place or self._tape is None or not self._tape.replayable:
+            # A module may have been put in the place of the one that makes the map.
+            modules = {name: module for module, name in names_of(self.model).items()}
+            site, *also = (replace(s, module=modules[s.name]) for s in (self.site, *self.also))
+            return replace(self, _tape=None, site=site, also=tuple(also))
         with untouched(self.model), torch.no_grad():
             return replace(self, _tape=self._tape.replayed())
 
@@ -116,4 +127,5 @@ class Scene:
 def noise(model: nn.Module, input_size: tuple[int, ...], seed: int) -> Tensor:
     """Return one N(0, 1) image on the device and in the floating type of the model."""
     like = probe_input(model, input_size, batch=1)
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float32).to(like)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as module_hooks
 
 from widerf._checks import require, require_known
+from widerf.trace.ambient import plain_pass
+from widerf.trace.layout import LayoutName, Reader, by_preference, tensors_in
 from widerf.trace.sandbox import untouched
 
 _PROBES = 2  # images in the probing pass: more than one, so that the batch axis shows
-_MAX_PREFIX = 8  # class and register tokens in front of the patch tokens
-
-_GROSS = 2.0
-Layout = Literal["channels_first", "channels_last", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class MapSite:
     module: nn.Module
     call: int
     shape: tuple[int, ...]
-    layout: Layout = "channels_first"
+    layout: LayoutName = "channels_first"
     position: int = 0
     prefix: int = 0
 
@@ -55,10 +53,39 @@ class MapSite:
         tensor = list(tensors_in(output))[self.position]
         if self.layout == "channels_first":
             return tensor
+        if self.layout == "no_channels":
+            return tensor.unsqueeze(1)
         if self.layout == "tokens":
             batch, _, channels = tensor.shape
             tensor = tensor[:, self.prefix :].reshape(batch, *self.spatial_shape, channels)
         return tensor.movedim(-1, 1)
+
+    def reach(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Run a forward pass of ``model`` that ends here, and return the map ``(batch, channels, *spatial)``.
+
+        Raises:
+            ValueError: if the module is called less often than in the probing pass.
+        """
+        calls = 0
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            nonlocal calls
+            if calls == self.call:
+                raise _Reached(self.lay(output))
+            calls += 1
+
+        with after(self.module, leave):
+            try:
+                model(images)
+            except _Reached as stop:
+                return stop.map
+        raise ValueError(f"layer must be called in the same way in every forward pass, got {self.name!r}")
+
+
+class _Reached(Exception):  # noqa: N818  (not an error: it ends the forward pass)
+    def __init__(self, reached: Tensor) -> None:
+        super().__init__()
+        self.map = reached
 
 
 def spatial_layer(model: nn.Module, input_size: Sequence[int], layer: str | nn.Module | None = None) -> MapSite:
@@ -86,7 +113,7 @@ def spatial_layer(model: nn.Module, input_size: Sequence[int], layer: str | nn.M
         ('1', (8, 14, 14))
     """
     input_size = check_input_size(input_size)
-    names = {module: name for name, module in model.named_modules()}
+    names = names_of(model)
     wanted = _named(model, names, layer)
     check_finite(model)
     calls = _record(model, names, input_size)
@@ -115,7 +142,7 @@ def spatial_layers(
         ['0', '1']
     """
     input_size = check_input_size(input_size)
-    names = {module: name for name, module in model.named_modules()}
+    names = names_of(model)
     require(layers is None or bool(layers), "layers", "name at least one layer", layers)
     wanted = None if layers is None else [str(_named(model, names, layer)) for layer in layers]
     check_finite(model)
@@ -131,7 +158,7 @@ def spatial_layers(
     return sorted(sites, key=lambda site: order[site.name, site.call])
 
 
-def _site_of(calls: list[_Call], wanted: str, input_size: tuple[int, ...]) -> MapSite:
+def _site_of(calls: list[_Seen], wanted: str, input_size: tuple[int, ...]) -> MapSite:
     """The map of a layer's last call."""
     own = [call for call in calls if call.name == wanted]
     require(bool(own), "layer", "be called in the model's forward pass", wanted)
@@ -179,8 +206,10 @@ def check_unit(unit: Sequence[int] | int | None, spatial_shape: Sequence[int]) -
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ``ValueError`` that names the first parameter or buffer with a value that is not finite."""
+    """Raise ``ValueError`` that names the first parameter or buffer that is not finite, or cannot be differentiated."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        ordinary = "hold ordinary tensors, not such as were made under torch.inference_mode (a deep copy outside is)"
+        require(not tensor.is_inference(), "model", ordinary, repr(name))
         if not tensor.is_floating_point() or bool(tensor.detach().sum().isfinite()):  # one look is enough
             continue
         # Masks of -inf are lawful buffers (Swin's shifted windows); NaN nowhere is.
@@ -195,8 +224,37 @@ def probe_input(model: nn.Module, input_size: Sequence[int], batch: int = _PROBE
     return torch.zeros((batch, *input_size), **options)
 
 
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Names of all modules, without the wrappers that compilation puts around them."""
+    return {module: _unwrapped(name) for name, module in model.named_modules()}
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+@contextmanager
+def after(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Call ``hook(module, inputs, output)`` after each call of a module, be it a scripted one, which takes no hooks."""
+    if isinstance(module, torch.jit.ScriptModule):
+
+        def other(called: nn.Module, inputs: Any, output: Any) -> None:
+            if called is module:
+                hook(called, inputs, output)
+
+        handle = module_hooks.register_module_forward_hook(other)
+    else:
+        handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @dataclass
-class _Call:
+class _Seen:
+    """One call of a module in the probing pass."""
+
     name: str
     call: int
     shapes: list[tuple[int, ...]]
@@ -212,17 +270,23 @@ def _named(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Module
         require(layer in names, "layer", "be a module of the model", type(layer).__name__)
         return names[layer]
     # A module that is shared has several names, all of which are good.
-    every = dict(model.named_modules(remove_duplicate=False))
-    if layer:  # "" is the model itself
-        require_known(layer, filter(None, every), "layer")
-    return names[every[layer]]
+    every = {_unwrapped(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    wanted = _unwrapped(layer)
+    if wanted:  # "" is the model itself
+        require_known(wanted, filter(None, every), "layer")
+    return names[every[wanted]]
 
 
-def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int, ...]) -> list[_Call]:
+def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int, ...]) -> list[_Seen]:
     """List every call of every module in one forward pass, in the order of completion.
 
     The pass runs on tensors that have a shape and no content; only where the model cannot do with these, in full.
     """
+    with plain_pass(), torch.no_grad():
+        return _record_plainly(model, names, input_size)
+
+
+def _record_plainly(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int, ...]) -> list[_Seen]:
     images = probe_input(model, input_size)
     try:
         state = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -231,35 +295,42 @@ def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int
         pass
     try:
         return _listen(model, names, input_size[1:], partial(model, images))
-    except Exception as error:
-        shown = tuple(input_size)
-        raise ValueError(f"input_size must be one that the model accepts, got {shown}: {error}") from error
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:  # what a wrong size leads to
+        shown = f"{tuple(input_size)}, at which it raises {type(error).__name__}: {error}"
+        raise ValueError(f"input_size must be one that the model accepts, got {shown}") from error
 
 
 def _listen(
     model: nn.Module, names: dict[nn.Module, str], input_shape: tuple[int, ...], forward: Callable[[], Any]
-) -> list[_Call]:
-    calls: list[_Call] = []
-    counts: dict[str, int] = {}
+) -> list[_Seen]:
+    seen: list[_Seen] = []
+    counts: dict[nn.Module, int] = {}
     keep: list[Tensor] = []  # alive, so that identities stay unique
-    reader = _Reader(model, input_shape)
+    reader = Reader(model, input_shape)
 
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         name = names[module]
         tensors = list(tensors_in(output))
         keep.extend(tensors)
-        index = counts[name] = counts.get(name, -1) + 1
-        site = reader.site(name, module, index, tensors)
-        calls.append(_Call(name, index, [tuple(t.shape) for t in tensors], [id(t) for t in tensors], site))
+        index = counts[module] = counts.get(module, -1) + 1
+        reader.enter(module)
+        site = None
+        for position in by_preference(output):
+            shape = tuple(tensors[position].shape)
+            layout = reader.layout(module, inputs, shape) if shape[:1] == (_PROBES,) else None
+            if layout is not None:
+                site = MapSite(name, module, index, layout.shape, layout.name, position, layout.prefix)
+                break
+        seen.append(_Seen(name, index, [tuple(t.shape) for t in tensors], [id(t) for t in tensors], site))
 
-    with untouched(model), torch.no_grad():
+    with untouched(model), ExitStack() as hooks:
         for module in names:
-            module.register_forward_hook(hook)
+            hooks.enter_context(after(module, hook))
         forward()
-    return calls
+    return seen
 
 
-def _last_map(calls: list[_Call], input_size: tuple[int, ...]) -> MapSite:
+def _last_map(calls: list[_Seen], input_size: tuple[int, ...]) -> MapSite:
     maps = [call for call in calls if call.site is not None]
     if not maps:
         raise ValueError(f"model must yield a spatial map somewhere, got none at input_size {input_size}")
@@ -269,70 +340,3 @@ def _last_map(calls: list[_Call], input_size: tuple[int, ...]) -> MapSite:
         last = same[-1] if same else last
     assert last.site is not None
     return last.site
-
-
-class _Reader:
-    """Tells how a tensor lays out its map, from the input's shape and from the maps seen before in the same pass."""
-
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
-        self.input_shape = input_shape
-        self.grids: list[tuple[int, ...]] = [input_shape]
-        self.last_leaf_is_linear = False
-        declared = getattr(model, "num_prefix_tokens", None)
-        first = [declared] if isinstance(declared, int) else []
-        self.prefixes = [*first, *(n for n in range(_MAX_PREFIX + 1) if n not in first)]
-
-    def site(self, name: str, module: nn.Module, call: int, tensors: list[Tensor]) -> MapSite | None:
-        if isinstance(module, nn.Linear | nn.LayerNorm):
-            self.last_leaf_is_linear = True
-        elif isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
-            self.last_leaf_is_linear = False
-        for position in reversed(range(len(tensors))):
-            tensor = tensors[position]
-            site = MapSite(name, module, call, (), position=position)
-            if tensor.ndim == len(self.input_shape) + 2:
-                site = self._map(site, tuple(tensor.shape))
-            elif tensor.ndim == 3:
-                site = self._tokens(site, tuple(tensor.shape))
-            if site.shape and math.prod(site.spatial_shape) > 1 and tensor.shape[0] == _PROBES:
-                self.grids.append(site.spatial_shape)
-                return site
-        return None
-
-    def _map(self, site: MapSite, shape: tuple[int, ...]) -> MapSite:
-        first, last = self._distortion(shape[2:]), self._distortion(shape[1:-1])
-        # Rectangular kernels distort a map a little, a channel axis read as a spatial one much: without a hint that the
-        # channels are last, only a gross distortion counts.
-        if last <= first if self.last_leaf_is_linear else _GROSS * last < first:
-            return dataclasses.replace(site, shape=(shape[-1], *shape[1:-1]), layout="channels_last")
-        return dataclasses.replace(site, shape=shape[1:])
-
-    def _distortion(self, spatial: tuple[int, ...]) -> float:
-        """How far the map's aspect is from the input's: 1 where all axes have the same jump."""
-        jumps = [n / m for n, m in zip(self.input_shape, spatial, strict=True)]
-        return max(jumps) / min(jumps)
-
-    def _tokens(self, site: MapSite, shape: tuple[int, ...]) -> MapSite:
-        _, tokens, channels = shape
-        for prefix in self.prefixes:
-            for grid in self._candidates():
-                if math.prod(grid) == tokens - prefix and math.prod(grid) > 1:
-                    return dataclasses.replace(site, shape=(channels, *grid), layout="tokens", prefix=prefix)
-        return site
-
-    def _candidates(self) -> Iterator[tuple[int, ...]]:
-        yield from reversed(self.grids)
-        for jump in range(2, max(self.input_shape)):
-            yield tuple(-(-n // jump) for n in self.input_shape)
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors of nested tuples, lists and dicts in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from tensors_in(value)

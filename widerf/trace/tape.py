@@ -49,6 +49,8 @@ class Call:
         inputs: position among the leaves → identity of the value.
         outputs: identity of each output; ``None`` for what has no derivative (integers, masks).
         module: name of the innermost module whose forward ran.
+        data: positions of further leaves that depend on the input, without a derivative: masks, indices.
+        detached: whether the model computes this without derivatives, under a ``no_grad`` of its own.
     """
 
     op: Any
@@ -57,6 +59,8 @@ class Call:
     inputs: Mapping[int, int]
     outputs: tuple[int | None, ...]
     module: str
+    data: frozenset[int] = frozenset()
+    detached: bool = False
 
     @property
     def name(self) -> str:
@@ -141,6 +145,11 @@ class Tape:
                 alive.update(call.inputs.values())
                 calls.append(call)
         return calls[::-1]
+
+    @property
+    def replayable(self) -> bool:
+        """Whether no call reads a mask or an index that itself depends on the input: these are not run again."""
+        return not any(call.data for call in self.calls)
 
     def replayed(self) -> Tape:
         """The recording with its constants as they are now: the same steps on the same input, run again.
