@@ -104,6 +104,6 @@ def _of_strength(steps: Sequence[Change], rows: Sequence[LayerChange]) -> Iterat
     if lost:
         after, before, name = max(lost)
         yield (
-            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {counted(len(lost), 'layer')}, most in {name}: "
-            f"{after:.0%} (before: {before:.0%})."
+            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {counted(len(lost), 'layer')}, most in "
+            f"{name}: {after:.0%} (before: {before:.0%})."
         )

@@ -258,7 +258,7 @@ def _warnings(rows: Sequence[LayerView], silent: Mapping[str, float], lost: Sequ
         quiet = sum(row.silent for row in rows)
         said.append(
             f"silent at these weights: {counted(len(silent), 'branch', 'branches')} ({listed(list(silent))}), with "
-            f"{counted(quiet, 'layer')} of these: they do not show in the ERF of what follows until training wakes them "
+            f"{counted(quiet, 'layer')} of these: they do not show in the ERF of what follows until woken "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
     cut = [row.name or "the output" for row in rows if (row.clipped or 0) > CLIPPED_LIMIT]
