@@ -240,7 +240,7 @@ def test_a_model_is_converted_and_made_dense_again(model: nn.Module) -> None:
     assert [type(module) for module in model] == kinds
 
 
-@pytest.mark.parametrize("command", ["erf", "init", "convert"])
+@pytest.mark.parametrize("command", ["erf", "init", "convert", "summary", "doctor"])
 def test_the_command_line_has_its_commands_and_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     from widerf.cli import main
 

@@ -254,6 +254,16 @@ class Verdict(str):
         return Verdict(self.code, f"{self}, {text}", (*self.notes, note))
 
 
+def counted(number: int, what: str, plural: str = "") -> str:
+    """Return how many of something there are.
+
+    Example:
+        >>> counted(1, "layer"), counted(2, "layer"), counted(3, "branch", "branches")
+        ('1 layer', '2 layers', '3 branches')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {plural or what + 's'}"
+
+
 def listed(names: Sequence[str], limit: int = 4) -> str:
     """Return the first names and how many there are.
 

@@ -112,9 +112,9 @@ def spoilt(change: Any) -> dict[str, Tensor]:
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "missing": (lambda s: s.pop("5.weight"), r"got 1 missing keys \(5.weight\)"),
-    "unexpected": (lambda s: s.update({"9.weight": torch.ones(1)}), r"got 1 unexpected keys \(9.weight\)"),
-    "offsets of nothing": (lambda s: s.update({"9.offsets": torch.ones(1)}), r"unexpected keys \(9.offsets\)"),
+    "missing": (lambda s: s.pop("5.weight"), r"got 1 missing key \(5.weight\)"),
+    "unexpected": (lambda s: s.update({"9.weight": torch.ones(1)}), r"got 1 unexpected key \(9.weight\)"),
+    "offsets of nothing": (lambda s: s.update({"9.offsets": torch.ones(1)}), r"unexpected key \(9.offsets\)"),
     "shape": (lambda s: s.update({"6.weight": torch.ones(5, 8, 1, 1)}), "size mismatch for 6.weight"),
     "offsets of a wrong shape": (lambda s: s.update({"3.offsets": s["3.offsets"][:, :4]}), "3.offsets: offsets must"),
     "offsets of reals": (lambda s: s.update({"3.offsets": s["3.offsets"] * 1.0}), "3.offsets: offsets must"),

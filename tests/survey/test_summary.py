@@ -99,7 +99,7 @@ def test_layers_in_silent_branches_are_marked_and_those_beside_them_are_not() ->
     nn.init.zeros_(model[3].bn2.weight)
     found = widerf.summary(model, (3, 40, 32))
     assert [row.name for row in found if row.silent] == ["3.conv1"]
-    assert "1 branches are silent" in found.warnings[0] and "3.bn2.weight" in found.warnings[0]
+    assert "silent at these weights: 1 branch" in found.warnings[0] and "3.bn2.weight" in found.warnings[0]
     assert not any(row.silent for row in widerf.summary(network(), (3, 40, 32)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from widerf._checks import require
 from widerf.conversion.exchange import exchange
 from widerf.conversion.windows import SPARSE
-from widerf.report import listed
+from widerf.report import counted, listed
 from widerf.sparse.layer import SparseConv, why_not_plain
 from widerf.sparse.offsets import check_pattern
 
@@ -120,7 +120,9 @@ def _loaded(model: nn.Module, state: dict[str, Any], kept: Mapping[str, Tensor],
             raise ValueError(f"state must fit the model, got {listed(lines, 2) or error}") from error
         if strict and (result.missing_keys or result.unexpected_keys):
             faults = {"missing": result.missing_keys, "unexpected": result.unexpected_keys}
-            told = "; ".join(f"{len(keys)} {kind} keys ({listed(keys, 3)})" for kind, keys in faults.items() if keys)
+            told = "; ".join(
+                f"{counted(len(keys), kind + ' key')} ({listed(keys, 3)})" for kind, keys in faults.items() if keys
+            )
             raise ValueError(f"state must fit the model, got {told}")
     except BaseException:
         model.load_state_dict(dict(kept), strict=False)
@@ -173,13 +175,19 @@ def _unwrapped(found: Any, path: Path) -> tuple[dict[str, Any], str]:
     return dict(found), ""
 
 
+def check_ending(path: str | Path) -> Path:
+    """Return the path of a file that :func:`write_state` can write."""
+    path = Path(path)
+    require(path.suffix in (".safetensors", ".pth", ".pt"), "path", "end in .safetensors, .pth or .pt", str(path))
+    return path
+
+
 def write_state(model: nn.Module, path: str | Path) -> None:
     """Write the state dict of a model: ``.safetensors``, or ``.pth`` and ``.pt`` by ``torch.save``.
 
     Written beside the file first, and then put in its place: a crash leaves no half a file.
     """
-    path = Path(path)
-    require(path.suffix in (".safetensors", ".pth", ".pt"), "path", "end in .safetensors, .pth or .pt", str(path))
+    path = check_ending(path)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     part = path.with_name(f"{path.name}.part")
     try:

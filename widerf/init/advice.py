@@ -10,7 +10,7 @@ from widerf.convolutions.branches import silent_branches
 from widerf.convolutions.convolution import Kernel
 from widerf.init.plan import Change
 from widerf.init.report import LayerChange
-from widerf.report import listed
+from widerf.report import counted, listed
 
 _STRONG = 0.75
 _BORDER = 0.10
@@ -104,6 +104,6 @@ def _of_strength(steps: Sequence[Change], rows: Sequence[LayerChange]) -> Iterat
     if lost:
         after, before, name = max(lost)
         yield (
-            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {len(lost)} layers, most in {name}: "
-            f"{after:.0%} (before: {before:.0%})."
+            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {counted(len(lost), 'layer')}, most in "
+            f"{name}: {after:.0%} (before: {before:.0%})."
         )

@@ -26,7 +26,7 @@ from widerf.errors import ClippedWarning, UntreatedOperatorError
 from widerf.init import apply
 from widerf.init.advice import has_seen_data
 from widerf.init.target import weigh
-from widerf.report import Report, listed
+from widerf.report import Report, counted, listed
 from widerf.survey.findings import Finding, Look, Remedy, after, call_of, mended, waking
 from widerf.survey.structure import off_the_map, skip_dominates, strided_grids
 from widerf.survey.summary import mean_side
@@ -61,7 +61,7 @@ class Advice(Report[Finding]):
     def lines(self) -> list[str]:
         """Return what was looked at."""
         image = "×".join(map(str, self.input_size))
-        said = [f"{self.layer or 'the output'} at {image}: {len(self.rows)} finding{'s' * (len(self.rows) != 1)}"]
+        said = [f"{self.layer or 'the output'} at {image}: {counted(len(self.rows), 'finding')}"]
         if self.erf_size is not None and self.erf_std is not None:
             said.append(f"predicted ERF: 2σ size {self.erf_size:.3g}, std {self.erf_std:.3g} input pixels")
         return said
@@ -186,7 +186,7 @@ class _Network:
     def _silence(self) -> Finding:
         assert self.erf is not None
         finding = Finding(
-            "silent", f"{len(self.silent)} branches are silent at these weights: what is in them does not show",
+            "silent", f"silent at these weights: {counted(len(self.silent), 'branch', 'branches')}; it does not show",
             "scales of norms and layer scales", tuple(self.silent), figure=_STD, before=self.erf.std,
         )  # fmt: skip
         return finding if self.trained else mended(self.model, finding, waking(self.model, list(self.silent)), self.std)

@@ -19,7 +19,7 @@ from widerf.erf.measurement import measure as measured
 from widerf.erf.prediction import predicted
 from widerf.erf.receptive import ReceptiveField, from_marks
 from widerf.errors import ClippedWarning, DeadUnitError, UntreatedOperatorError
-from widerf.report import Report, listed
+from widerf.report import Report, counted, listed
 from widerf.survey.looking import heard, looking
 from widerf.trace.scene import Scene
 from widerf.trace.site import MapSite
@@ -108,7 +108,7 @@ class Summary(Report[LayerView]):
         """Return what was looked at, and how far the last layer sees."""
         image = "×".join(map(str, self.input_size))
         last = self.rows[-1]
-        said = [f"{self.model} at {image}: {len(self.rows)} layers; lengths in input pixels"]
+        said = [f"{self.model} at {image}: {counted(len(self.rows), 'layer')}; lengths in input pixels"]
         if last.std is not None and last.size is not None:
             field = "the whole image" if last.trf_size is None else "×".join(map(str, last.trf_size))
             name = last.name or "the output"
@@ -257,8 +257,8 @@ def _warnings(rows: Sequence[LayerView], silent: Mapping[str, float], lost: Sequ
     if silent:
         quiet = sum(row.silent for row in rows)
         said.append(
-            f"{len(silent)} branches are silent at these weights ({listed(list(silent))}), and with them {quiet} of "
-            "these layers: they do not show in the ERF of what follows until training wakes them "
+            f"silent at these weights: {counted(len(silent), 'branch', 'branches')} ({listed(list(silent))}), with "
+            f"{counted(quiet, 'layer')} of these: they do not show in the ERF of what follows until woken "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
     cut = [row.name or "the output" for row in rows if (row.clipped or 0) > CLIPPED_LIMIT]
