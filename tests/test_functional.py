@@ -119,7 +119,7 @@ def test_the_output_has_the_size_that_the_plain_layer_gives(case: tuple[Any, Ten
 @given(layers())
 def test_the_dense_twin_gives_the_same_output(case: tuple[Any, Tensor]) -> None:
     layer, x = case
-    twin = layer._to_dense()
+    twin = layer.to_dense()
     if (
         layer.padding_mode != "zeros"
     ):  # padding modes of plain layers refuse small images and empty batches: move inside

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widerf._checks import require, require_known
-from widerf.geometry import ntuple
+from widerf.geometry import Size, ntuple
 from widerf.kernels import columns
 from widerf.kernels.op import convolve, memory_format
 from widerf.kernels.plan import Layout, Taps, make_layout, origin
-
-Size = int | Sequence[int]
 
 
 def read_taps(offsets: Tensor) -> Taps:
@@ -137,13 +135,13 @@ def output_size(
         RuntimeError: if the dense kernel does not fit on the padded image.
     """
     padded = [n + sum(p) for n, p in zip(spatial, padding, strict=True)]
-    reach = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-    if any(r > n for r, n in zip(reach, padded, strict=True)):
+    span = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    if any(r > n for r, n in zip(span, padded, strict=True)):
         raise RuntimeError(
-            f"Calculated padded input size per channel: {padded}. Kernel size: {reach}. "
+            f"Calculated padded input size per channel: {padded}. Kernel size: {span}. "
             "Kernel size can't be greater than actual input size"
         )
-    return tuple((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True))
+    return tuple((n - r) // s + 1 for n, r, s in zip(padded, span, stride, strict=True))
 
 
 def _knows_autocast(device: str) -> bool:
@@ -262,7 +260,7 @@ def sparse_conv2d(
         bias: (out,) or None.
         offsets: integers (pattern groups, kH·kW, 2), in taps from the kernel's centre (y, x).
         stride: output step in pixels, per axis.
-        padding: pixels on each side, per axis, "same" or "valid", meant for the dense kernel: the taps may reach
+        padding: pixels on each side, per axis, "same" or "valid", meant for the dense kernel: the taps may span
             further and read zeros there.
         dilation: pixels between two offsets that differ by 1.
         groups: blocks of connections, as in ``F.conv2d``.

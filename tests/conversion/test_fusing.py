@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.reference import fingerprint
 from widerf import SparseConv2d, convert
 from widerf.convolutions.branches import FUSING, fusing_methods, undone
-from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.selection import find_convolutions
 
 
 class ConvNorm(nn.Module):
@@ -153,5 +153,5 @@ def test_init_warns_of_the_same_blocks_that_conversion_leaves_dense(method: str)
 
     block = type("Block", (Branches,), {method: Branches.merge})
     net = nn.Sequential(nn.Conv2d(3, 8, 3), block())
-    assert set(undone(net, find_kernels(net))) == {"1.wide"}
+    assert set(undone(net, find_convolutions(net))) == {"1.wide"}
     assert f".{method}() would rebuild it" in convert(net, extent=7)["1.wide"].verdict

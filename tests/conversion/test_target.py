@@ -15,7 +15,7 @@ from widerf import convert
 from widerf.conversion.growth import TOLERANCE, grown, windows_for_gain
 from widerf.conversion.plan import decide
 from widerf.convolutions.places import find_places
-from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.selection import find_convolutions
 from widerf.sparse.layer import SparseConv
 from widerf.trace.scene import Scene
 
@@ -132,7 +132,7 @@ def test_a_greater_target_takes_wider_windows_and_a_dry_run_tells_the_same() -> 
 
 def test_windows_grow_from_the_kernel_to_the_map_and_with_depth() -> None:
     model = plain()
-    kernels = find_kernels(model)
+    kernels = find_convolutions(model)
     steps = decide(model, kernels, {}, find_places(Scene.of(model, PLAIN), kernels), early=False)
     assert set(grown(steps, 0.0).values()) == {(3, 3)}
     assert set(grown(steps, 1.0).values()) == {(47, 47)}
@@ -149,7 +149,7 @@ def test_windows_grow_from_the_kernel_to_the_map_and_with_depth() -> None:
 def test_the_search_finds_the_least_growth_that_gives_the_gain(target: float) -> None:
     """A made-up gain with jumps in it; the slow twin tries every growth."""
     model = plain(9)
-    kernels = find_kernels(model)
+    kernels = find_convolutions(model)
     steps = decide(model, kernels, {}, find_places(Scene.of(model, PLAIN), kernels), early=False)
     calls = 0
 
@@ -170,7 +170,7 @@ def test_the_search_finds_the_least_growth_that_gives_the_gain(target: float) ->
 
 def test_where_whole_cells_are_too_coarse_single_layers_are_tried_and_the_nearest_is_taken() -> None:
     model = plain(2)
-    kernels = find_kernels(model)
+    kernels = find_convolutions(model)
     steps = decide(model, kernels, {}, find_places(Scene.of(model, PLAIN), kernels), early=False)
     values = {(3, 3): 0, (5, 5): 1}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from widerf import convert, init
 from widerf.conversion.windows import automatic_extent, widest_extent
-from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.selection import find_convolutions
 from widerf.sparse.layer import SparseConv
 
 GRIDS = ["grid", "halfgrid", "multiscale", "mixed", "stratified", "foveal"]
@@ -101,7 +101,7 @@ def test_the_extent_that_is_asked_for_is_cut_to_the_map() -> None:
 def test_the_widest_window_fits_and_the_next_does_not() -> None:
     for k in (1, 2, 3, 5):
         for dilation in (1, 2, 5):
-            (kernel,) = find_kernels(nn.Conv2d(1, 1, k, dilation=dilation))
+            (kernel,) = find_convolutions(nn.Conv2d(1, 1, k, dilation=dilation))
             for side in range(1, 30):
                 width = widest_extent(kernel, (side, side))[0]
                 assert width >= k

@@ -13,14 +13,14 @@ import widerf
 from tests.reference import fingerprint
 from widerf.convolutions.branches import silent_branches, undone
 from widerf.convolutions.places import find_places
-from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.selection import find_convolutions
 from widerf.convolutions.sensitivity import sensitivity
 from widerf.init.target import weigh
 from widerf.trace.scene import Scene
 
 
 def jumps(model: nn.Module, size: tuple[int, ...]) -> dict[str, tuple[float, ...] | None]:
-    return {name: place.jump for name, place in find_places(Scene.of(model, size), find_kernels(model)).items()}
+    return {name: place.jump for name, place in find_places(Scene.of(model, size), find_convolutions(model)).items()}
 
 
 def test_jumps_multiply_through_strides_pools_and_transposed_layers() -> None:
@@ -37,7 +37,7 @@ def test_jumps_multiply_through_strides_pools_and_transposed_layers() -> None:
 def test_jump_of_the_last_map_is_that_of_the_receptive_field(name: str) -> None:
     model = timm.create_model(name).eval()
     size = (3, 96, 96)
-    places = find_places(Scene.of(model, size), find_kernels(model))
+    places = find_places(Scene.of(model, size), find_convolutions(model))
     spatial = [place for place in places.values() if place.before != (1, 1)]
     field = widerf.receptive_field(model, size)
     last = spatial[-1]
@@ -49,8 +49,8 @@ def test_jump_of_the_last_map_is_that_of_the_receptive_field(name: str) -> None:
 def test_looking_leaves_every_bit() -> None:
     model = timm.create_model("resnet10t").train()
     before = fingerprint(model)
-    find_places(Scene.of(model, (3, 64, 64)), find_kernels(model))
-    sensitivity(Scene.of(model, (3, 64, 64)), find_kernels(model))
+    find_places(Scene.of(model, (3, 64, 64)), find_convolutions(model))
+    sensitivity(Scene.of(model, (3, 64, 64)), find_convolutions(model))
     assert fingerprint(model) == before
 
 
@@ -61,7 +61,7 @@ def test_sensitivity_is_the_slope_of_the_prediction() -> None:
         nn.Conv2d(8, 8, 3, padding=1, bias=False),
     ).double()  # fmt: skip
     size = (3, 41, 41)
-    found = sensitivity(Scene.of(model, size), find_kernels(model))
+    found = sensitivity(Scene.of(model, size), find_convolutions(model))
     assert found.variance == pytest.approx(widerf.predict(model, size).std ** 2, rel=1e-9)
     for (name, layer), tap in itertools.product(model.named_children(), [(0, 0), (0, 1), (1, 1)]):
         step = 1e-5
@@ -81,7 +81,7 @@ def test_weights_are_jump_squared_in_a_plain_network() -> None:
     model = nn.Sequential(
         *(nn.Conv2d(3 if i == 0 else 64, 64, 3, s, d, d, bias=False) for i, (s, d) in enumerate(layers))
     ).double()
-    weighted = weigh(Scene.of(model, (3, 161, 161)), find_kernels(model))
+    weighted = weigh(Scene.of(model, (3, 161, 161)), find_convolutions(model))
     found = torch.tensor(weighted.weights)
     expected = torch.tensor([1.0, 1.0, 2.0**2 * 2**2, 2.0**2, 4.0**2])
     # Down-sampling couples taps of neighbouring phases, so layers around a stride are not quite interchangeable.
@@ -107,6 +107,6 @@ def test_fusing_blocks_of_other_ranks_are_told_apart() -> None:
         def fuse(self) -> None: ...
 
     model = nn.Sequential(Block())
-    assert undone(model, find_kernels(model)) == {
+    assert undone(model, find_convolutions(model)) == {
         "0.long": "undone in part: the 3 branch of its block add to its centre"
     }

@@ -333,10 +333,11 @@ def test_a_target_finds_the_map_once_and_records_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(scene, "spatial_layer", counted("site", scene.spatial_layer))
     monkeypatch.setattr(scene, "record", counted("record", scene.record))
     monkeypatch.setattr(receptive, "read", counted("boxes", receptive.read))
+    torch.manual_seed(0)
     model = timm.create_model("resnet18", zero_init_last=False).eval()
-    report = apply(model, target=1.03, input_size=(3, 96, 96))
+    report = apply(model, target=1.02, input_size=(3, 128, 128))
     assert counts == {"site": 1, "record": 1, "boxes": 1}
-    assert report.gain == pytest.approx(1.03, rel=2e-3)
+    assert report.gain == pytest.approx(1.02, rel=2e-3)
 
 
 def test_what_a_replay_predicts_is_what_a_new_look_predicts() -> None:

@@ -134,10 +134,10 @@ def doctor(options: argparse.Namespace) -> None:
 
 def _before(options: argparse.Namespace, subject: Subject) -> ERF:
     import widerf
-    from widerf.convolutions.selection import find_kernels
+    from widerf.convolutions.selection import find_convolutions
 
     # Ahead of the prediction, which would only miss a spatial map.
-    require(bool(find_kernels(subject.model)), "MODEL", "hold at least one convolution", subject.name)
+    require(bool(find_convolutions(subject.model)), "MODEL", "hold at least one convolution", subject.name)
     return widerf.predict(subject.model, subject.size, layer=options.layer)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from widerf.conversion.report import LayerConversion
 from widerf.conversion.windows import SPARSE, early_layers, why_not, widest_extent, window_for
 from widerf.convolutions.branches import rebuilt
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.places import Place
 from widerf.patterns.named import Mixture
 from widerf.sparse.layer import SparseConv
@@ -33,7 +33,7 @@ class Step:
         layer: the sparse layer with its parameters.
     """
 
-    kernel: Kernel
+    kernel: Convolution
     row: LayerConversion
     place: Place | None = None
     depth: float = 1.0
@@ -53,18 +53,18 @@ class Taps:
     block: int | None
     seed: int
 
-    def layer(self, kernel: Kernel, extent: Extent) -> SparseConv:
+    def layer(self, kernel: Convolution, extent: Extent) -> SparseConv:
         """Return the sparse layer of that extent for a convolution, with its parameters and a seed of its own."""
         kind = next(sparse for dense, sparse in SPARSE.items() if isinstance(kernel.module, dense))
         # by the name: the same in every process
         digest = hashlib.blake2b(f"{self.seed}:{kernel.name}".encode(), digest_size=7).digest()
         seed = int.from_bytes(digest, "big")
-        return kind._from_dense(kernel.module, extent, self.pattern, seed, self.block)  # type: ignore[no-any-return]
+        return kind.from_dense(kernel.module, extent, self.pattern, seed, self.block)  # type: ignore[no-any-return]
 
 
 def decide(
     model: nn.Module,
-    kernels: Sequence[Kernel],
+    kernels: Sequence[Convolution],
     left: Mapping[str, str],
     places: Mapping[str, Place] | None,
     early: bool,

@@ -15,7 +15,7 @@ from widerf.conversion.plan import Step, Taps, build, decide, multiplications, w
 from widerf.conversion.report import ConversionReport
 from widerf.convolutions.branches import silent_branches
 from widerf.convolutions.places import find_places
-from widerf.convolutions.selection import Selector, find_kernels, select
+from widerf.convolutions.selection import Selector, find_convolutions, select
 from widerf.convolutions.sensitivity import predicted_erf
 from widerf.patterns.named import Mixture, check_named
 from widerf.report import listed
@@ -159,7 +159,7 @@ def convert(
         (9, 9)
     """
     _check(model, extent, target, block, pattern, input_size)
-    kernels = find_kernels(model)
+    kernels = find_convolutions(model)
     require(bool(kernels), "model", "hold at least one convolution", type(model).__name__)
     chosen = {k.name for k in kernels} if only is None else select(kernels, model, only, "only")
     skipped = set() if skip is None else select(kernels, model, skip, "skip")
@@ -208,7 +208,7 @@ def densify(model: Model) -> Model:
         Conv2d(4, 4, kernel_size=(7, 7), stride=(1, 1), padding=(3, 3))
     """
     if isinstance(model, SparseConv):
-        return model._to_dense()  # type: ignore[no-any-return]
-    twins: dict[nn.Module, nn.Module] = {m: m._to_dense() for m in model.modules() if isinstance(m, SparseConv)}
+        return model.to_dense()  # type: ignore[no-any-return]
+    twins: dict[nn.Module, nn.Module] = {m: m.to_dense() for m in model.modules() if isinstance(m, SparseConv)}
     exchange(model, twins, lambda: None)
     return model

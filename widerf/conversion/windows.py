@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.places import Place
 from widerf.sparse.layer import SparseConv, why_not_plain
 from widerf.sparse.ranks import SparseConv1d, SparseConv2d, SparseConv3d
@@ -51,7 +51,7 @@ def automatic_extent(
     return tuple(widths)
 
 
-def widest_extent(kernel: Kernel, map_size: Sequence[int]) -> tuple[int, ...]:
+def widest_extent(kernel: Convolution, map_size: Sequence[int]) -> tuple[int, ...]:
     """Return the widest window that is no wider than the map, (S − 1)·dilation + 1 ≤ map, with the kernel's parity.
 
     Never narrower than the kernel; axes on which it has one tap keep one cell.
@@ -63,7 +63,7 @@ def widest_extent(kernel: Kernel, map_size: Sequence[int]) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def why_not(kernel: Kernel, rebuilt: Mapping[str, str]) -> str | None:
+def why_not(kernel: Convolution, rebuilt: Mapping[str, str]) -> str | None:
     """Return why a convolution cannot be made sparse, whatever the user wants, or None.
 
     Args:
@@ -95,7 +95,7 @@ def why_not(kernel: Kernel, rebuilt: Mapping[str, str]) -> str | None:
     return None
 
 
-def early_layers(model: nn.Module, kernels: Sequence[Kernel], places: Mapping[str, Place]) -> dict[str, str]:
+def early_layers(model: nn.Module, kernels: Sequence[Convolution], places: Mapping[str, Place]) -> dict[str, str]:
     """Return the stem and the layers of the first stage, with the reason to leave them dense.
 
     By jump, where that is known: the first stage is that of the second spatial layer, and all below an eighth of the
@@ -120,7 +120,7 @@ def early_layers(model: nn.Module, kernels: Sequence[Kernel], places: Mapping[st
     return {**dict.fromkeys(stage, "the first stage stays dense"), **early}
 
 
-def window_for(kernel: Kernel, wanted: int | None, place: Place | None, depth: float) -> tuple[int, ...] | None:
+def window_for(kernel: Convolution, wanted: int | None, place: Place | None, depth: float) -> tuple[int, ...] | None:
     """Return the window of a layer, never wider than its map; None if that is no wider than the kernel."""
     if wanted is None:
         assert place is not None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.trace.sandbox import untouched
 
 _SILENT = 1e-3  # a branch scaled by less moves nothing at initialisation
@@ -69,7 +69,7 @@ def fusing_methods(block: nn.Module) -> list[str]:
     return [method for method in FUSING if callable(getattr(type(block), method, None))]
 
 
-def rebuilt(model: nn.Module, kernels: Sequence[Kernel]) -> dict[str, str]:
+def rebuilt(model: nn.Module, kernels: Sequence[Convolution]) -> dict[str, str]:
     """Return the kernels that a block around them can still rebuild as plain convolutions, and by what.
 
     A method that exists need not have anything left to do: it is called on a copy of its block, and a kernel counts
@@ -129,7 +129,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def undone(model: nn.Module, kernels: Sequence[Kernel]) -> dict[str, str]:
+def undone(model: nn.Module, kernels: Sequence[Convolution]) -> dict[str, str]:
     """Return the kernels that share a re-parametrised block with narrower branches, and what undoes the widening.
 
     RepVGG, MobileOne and their kin add a k×k, a 1×1 and an identity branch and fuse them afterwards: the narrow ones
@@ -152,7 +152,7 @@ def undone(model: nn.Module, kernels: Sequence[Kernel]) -> dict[str, str]:
     return notes
 
 
-def _narrower(other: Kernel, kernel: Kernel) -> bool:
+def _narrower(other: Convolution, kernel: Convolution) -> bool:
     same = all(
         getattr(other.module, key, None) == getattr(kernel.module, key, None) for key in ("in_channels", "out_channels")
     )

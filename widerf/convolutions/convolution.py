@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Convolution:
     """One convolution of a model.
 
     Attributes:
@@ -108,7 +108,7 @@ class Kernel:
             return Verdict("patchify", "patchify (stride ≥ kernel): neighbouring outputs share no input")
         return None
 
-    def shape(self, strength: float) -> Tensor:
+    def target_energies(self, strength: float) -> Tensor:
         """Return the wanted energy of each tap relative to a uniform kernel (mean 1 in each cell).
 
         Shape ``kernel_size``, or ``(groups, taps)`` for non-grid taps.
@@ -125,7 +125,7 @@ class Kernel:
         return whole
 
     def energies(self, weight: Tensor) -> Tensor:
-        """Return Σ w² on each tap as float64 on the CPU, in the layout of :meth:`shape`.
+        """Return Σ w² on each tap as float64 on the CPU, in the layout of :meth:`target_energies`.
 
         Args:
             weight: (out, in/groups, *kernel_size), or (in, out/groups, *kernel_size) if transposed, or more leading
@@ -141,7 +141,7 @@ class Kernel:
         return total.index_add_(0, rows.flatten(), per_channel.flatten(0, 1))
 
     def scale_(self, weight: Tensor, factors: Tensor) -> Tensor:
-        """Multiply each tap of ``weight`` by its factor (laid out as :meth:`shape`), in place; return ``weight``."""
+        """Multiply each tap of ``weight`` by its factor, laid out as :meth:`target_energies`, in place; return it."""
         if self.offsets is None:
             if not weight.is_contiguous():
                 return weight.mul_(factors.to(weight))
@@ -175,7 +175,7 @@ class Kernel:
     def variance_range(self) -> tuple[float, float]:
         """Return the variances (:meth:`std` squared) of strength 0 and 1."""
         if self.offsets is not None:
-            return self.std(self.shape(0.0)) ** 2, self.std(self.shape(1.0)) ** 2
+            return self.std(self.target_energies(0.0)) ** 2, self.std(self.target_energies(1.0)) ** 2
         return tuple(  # type: ignore[return-value]
             sum(variance(k) * step**2 for cell in self.cells for k, step in zip(cell.size, self.spacing, strict=True))
             / (self.rank * len(self.cells))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.places import Place
 from widerf.geometry import marginal
 
 
-def axis_operator(kernel: Kernel, place: Place, axis: int, shares: Tensor) -> Tensor:
+def axis_operator(kernel: Convolution, place: Place, axis: int, shares: Tensor) -> Tensor:
     """Return the matrix that takes the energy along an input axis to that along the output axis, zeros outside.
 
     Args:
@@ -39,7 +39,7 @@ def axis_operator(kernel: Kernel, place: Place, axis: int, shares: Tensor) -> Te
     return matrix
 
 
-def border_loss(kernel: Kernel, place: Place, energies: Tensor) -> float | None:
+def border_loss(kernel: Convolution, place: Place, energies: Tensor) -> float | None:
     """Return the share of a layer's output energy that its zero padding costs on an even map; ``None`` if not known.
 
     The energies of a profile are nearly a product of their axes, and are taken to be one.
@@ -53,7 +53,7 @@ def border_loss(kernel: Kernel, place: Place, energies: Tensor) -> float | None:
     return 1.0 - kept
 
 
-def chain_energy(layers: Sequence[tuple[Kernel, Place, Tensor]]) -> float:
+def chain_energy(layers: Sequence[tuple[Convolution, Place, Tensor]]) -> float:
     """Return the mean energy at the end of a chain of layers over that without zero padding, layer after layer.
 
     Each axis is followed on its own, which is exact for product profiles; where the map's size changes between layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.operators import rule_of
 from widerf.trace.scene import Scene
 from widerf.trace.tape import Call, Tape
@@ -29,7 +29,7 @@ class Place:
     after: tuple[int, ...]
 
 
-def find_places(scene: Scene, kernels: Sequence[Kernel]) -> dict[str, Place]:
+def find_places(scene: Scene, kernels: Sequence[Convolution]) -> dict[str, Place]:
     """Return the place of each convolution on the way to the map, in the order in which they run."""
     jumps = _jumps(scene.tape)
     ranks = {kernel.name: kernel.rank for kernel in kernels}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from widerf._checks import require
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.geometry import ntuple
 
 Selector: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
@@ -23,10 +23,10 @@ def _is_convolution(kind: type[nn.Module]) -> bool:
     return issubclass(kind, _ConvNd) or any(cls.__name__ == "CondConv2d" for cls in kind.__mro__)
 
 
-def _kernel(name: str, module: Any) -> Kernel:
+def _convolution(name: str, module: Any) -> Convolution:
     rank = len(module.kernel_size)
     offsets = getattr(module, "offsets", None)
-    return Kernel(
+    return Convolution(
         name,
         module,
         kernel_size=tuple(module.kernel_size),
@@ -37,18 +37,18 @@ def _kernel(name: str, module: Any) -> Kernel:
     )
 
 
-def find_kernels(model: nn.Module) -> list[Kernel]:
+def find_convolutions(model: nn.Module) -> list[Convolution]:
     """Return every convolution of ``model`` in the order of its modules, each module once."""
     require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
     kernels = []
     for name, module in model.named_modules():
         kind: Any = type(module)
         if _is_convolution(kind):
-            kernels.append(_kernel(name, module))
+            kernels.append(_convolution(name, module))
     return kernels
 
 
-def select(kernels: Sequence[Kernel], model: nn.Module, selector: Selector, argument: str) -> set[str]:
+def select(kernels: Sequence[Convolution], model: nn.Module, selector: Selector, argument: str) -> set[str]:
     """Return the names of the kernels that ``selector`` picks.
 
     A string is a shell-style pattern for the layer's name or for that of a module around it (``"layer4"`` picks all

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.erf.energy import backpropagate
 from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
@@ -32,7 +32,7 @@ class Sensitivity:
     slopes: dict[str, Tensor]
 
 
-def sensitivity(scene: Scene, kernels: Sequence[Kernel]) -> Sensitivity:
+def sensitivity(scene: Scene, kernels: Sequence[Convolution]) -> Sensitivity:
     """Differentiate the predicted variance of the ERF with respect to the energy of every tap of every kernel.
 
     The prediction takes each weight by its square, so W·∂σ²/∂W/2, summed over a tap's weights, is the derivative with

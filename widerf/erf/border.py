@@ -34,6 +34,7 @@ def clipped_share(
         cut / (1 + cut), where cut is the mass of all continuations.
 
     Example:
+        >>> import torch
         >>> flat = torch.full((9,), 1 / 9)
         >>> clipped_share(flat, (4,), (9,)), round(clipped_share(flat, (4,), (11,)), 3)
         (0.0, 0.182)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from widerf.convolutions.branches import silent_branches
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.init.plan import Change
 from widerf.init.report import LayerChange
 from widerf.report import counted, listed
@@ -40,7 +40,7 @@ def of_scale(largest: float) -> str:
     return "have scale 0" if largest == 0 else f"have scale {largest:g} at most"
 
 
-def _foreign(kernels: Sequence[Kernel]) -> list[str]:
+def _foreign(kernels: Sequence[Convolution]) -> list[str]:
     """Return layers whose class has a forward of its own, which may do more than convolve with ``weight``."""
     names = []
     for kernel in kernels:
@@ -104,6 +104,6 @@ def _of_strength(steps: Sequence[Change], rows: Sequence[LayerChange]) -> Iterat
     if lost:
         after, before, name = max(lost)
         yield (
-            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {counted(len(lost), 'layer')}, most in "
-            f"{name}: {after:.0%} (before: {before:.0%})."
+            f"zero padding takes more than {_BORDER:.0%} of the signal energy in {counted(len(lost), 'layer')}, "
+            f"most in {name}: {after:.0%} (before: {before:.0%})."
         )

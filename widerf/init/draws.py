@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from widerf._checks import require, require_known
-from widerf.convolutions.convolution import Cell, Kernel
+from widerf.convolutions.convolution import Cell, Convolution
 
 Base: TypeAlias = str | Callable[[Tensor], object] | None
 
@@ -40,7 +40,7 @@ def check_base(base: Base, generator: Generator | None) -> None:
         require(base is None or callable(base), "base", "be a name, a callable or None", base, TypeError)
 
 
-def std_of(base: str, kernel: Kernel, cell: Cell, channels: tuple[int, int]) -> float:
+def std_of(base: str, kernel: Convolution, cell: Cell, channels: tuple[int, int]) -> float:
     """Return the std that ``base`` gives the weights of one cell.
 
     He et al. 2015: √(2/fan_in); Glorot and Bengio 2010: √(2/(fan_in + fan_out)).
@@ -57,7 +57,7 @@ def std_of(base: str, kernel: Kernel, cell: Cell, channels: tuple[int, int]) -> 
 
 
 @torch.no_grad()
-def draw_(weight: Tensor, kernel: Kernel, base: Base, generator: Generator | None) -> None:
+def draw_(weight: Tensor, kernel: Convolution, base: Base, generator: Generator | None) -> None:
     """Fill ``weight`` (out, in/groups, *taps; transposed: in, out/groups, *taps) by ``base``, in place."""
     if callable(base):
         base(weight)
@@ -85,7 +85,7 @@ def _draw_scaled_(weight: Tensor, stds: Tensor, uniform: bool, generator: Genera
         weight.mul_((stds / largest).to(weight))
 
 
-def _orthogonal_(weight: Tensor, kernel: Kernel, generator: Generator | None) -> None:
+def _orthogonal_(weight: Tensor, kernel: Convolution, generator: Generator | None) -> None:
     """Make the rows or columns of each group's matrix (outputs × inputs·taps) orthonormal (Saxe et al. 2013)."""
     for group in weight.chunk(int(getattr(kernel.module, "groups", 1))):
         matrix = group.transpose(0, 1) if kernel.transposed else group  # (outputs, inputs, *taps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.places import Place, find_places
 from widerf.convolutions.sensitivity import predicted_std
 from widerf.erf.frame import Frame
@@ -45,7 +45,7 @@ class Outlook:
             return cls(scene, None, None, f"the ERF's gain cannot be predicted: {error}")
         return cls(scene, frame, *predicted_std(scene, frame))
 
-    def places(self, kernels: Sequence[Kernel]) -> dict[str, Place]:
+    def places(self, kernels: Sequence[Convolution]) -> dict[str, Place]:
         """Return where the convolutions stand; none where the model cannot be recorded."""
         try:
             return find_places(self.scene, kernels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.init.draws import Base
 from widerf.init.verdict import FROZEN, NOT_SELECTED, WIDENED, tied, unknown_weight
 from widerf.init.weights import Held, hold, is_frozen, unchangeable
@@ -29,7 +29,7 @@ class Change:
         remarks: what turned up on the way and concerns the whole report: subject → detail.
     """
 
-    kernel: Kernel
+    kernel: Convolution
     held: Held | None
     verdict: Verdict
     shape: Tensor | None = None
@@ -44,17 +44,17 @@ class Change:
         return unchangeable(self.held) if due and self.held is not None else None
 
 
-def solve_ahead(kernels: Sequence[Kernel], strength: float) -> None:
+def solve_ahead(kernels: Sequence[Convolution], strength: float) -> None:
     """Solve the profiles of all kernel sizes in one programme: each later look finds its profile solved."""
     able = [kernel for kernel in kernels if kernel.offsets is None and kernel.nothing_to_gain() is None]
     solve_axes({k for kernel in able for cell in kernel.cells for k in cell.size}, strength)
 
 
 def plan(
-    kernels: Sequence[Kernel],
+    kernels: Sequence[Convolution],
     chosen: set[str],
     named: bool,
-    shapes: Callable[[Kernel], tuple[Tensor, float] | Verdict],
+    shapes: Callable[[Convolution], tuple[Tensor, float] | Verdict],
     base: Base,
 ) -> list[Change]:
     """Return what to do with each layer; nothing is changed yet.

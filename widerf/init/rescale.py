@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.init.draws import Base, draw_
 from widerf.init.plan import Change
 from widerf.init.report import LayerChange
@@ -59,7 +59,7 @@ def execute(step: Change, base: Base, generator: Generator | None, dry_run: bool
     return replace(row, std_before=before, std_after=after, verdict=verdict, strength=strength)
 
 
-def factors_for(kernel: Kernel, energies: Tensor, ratio: Tensor) -> Tensor:
+def factors_for(kernel: Convolution, energies: Tensor, ratio: Tensor) -> Tensor:
     """Return what multiplies each tap: √ratio, and one scalar per output phase that keeps Σ w²."""
     factors = ratio.sqrt()
     # Taps off a grid have no phases: one part, the whole.
@@ -122,7 +122,7 @@ def _note_wide(step: Change, energies: Tensor, weights: int) -> None:
         step.remarks["wide"] = f"{place:.2g}"
 
 
-def _overflows(kernel: Kernel, weight: Tensor, factors: Tensor) -> bool:
+def _overflows(kernel: Convolution, weight: Tensor, factors: Tensor) -> bool:
     """Return whether a half-precision weight would leave its range."""
     return float(kernel.scale_(weight.float().clone(), factors).abs().max()) > torch.finfo(weight.dtype).max
 

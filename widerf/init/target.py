@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from widerf._checks import require
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.sensitivity import sensitivity
 from widerf.init.outlook import Outlook
 from widerf.init.plan import plan, solve_ahead
@@ -23,7 +23,7 @@ from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene
 
 # What a kernel is to get: relative energies and strength, or why it is left alone.
-Shapes: TypeAlias = Callable[[Kernel], "tuple[Tensor, float] | Verdict"]
+Shapes: TypeAlias = Callable[[Convolution], "tuple[Tensor, float] | Verdict"]
 
 _CLOSE = 1e-3  # relative error of the predicted gain that ends the search
 _TRIALS = 12
@@ -40,7 +40,7 @@ class Weighted:
         variance: of the network now.
     """
 
-    kernels: list[Kernel]
+    kernels: list[Convolution]
     weights: list[float]
     variance: float
 
@@ -69,7 +69,7 @@ class Weighted:
         return lambda kernel: found.get(kernel.name, NO_EFFECT)
 
 
-def weigh(scene: Scene, kernels: Sequence[Kernel]) -> Weighted:
+def weigh(scene: Scene, kernels: Sequence[Convolution]) -> Weighted:
     """Return how much each kernel's variance counts in the network's.
 
     The share of paths that go through a layer, its jump and its dilation are all in one number: by how much the
@@ -81,17 +81,17 @@ def weigh(scene: Scene, kernels: Sequence[Kernel]) -> Weighted:
     for kernel in kernels:
         if kernel.offsets is not None or kernel.nothing_to_gain() is not None or kernel.name not in found.slopes:
             continue
-        half = kernel.shape(_PROBE)
+        half = kernel.target_energies(_PROBE)
         answer = float((found.slopes[kernel.name] * (half - 1)).sum())
         spread = sum((x**2 for x in kernel.spacing), start=0.0) / kernel.rank
-        widening = (kernel.std(half) ** 2 - kernel.std(kernel.shape(0.0)) ** 2) / spread
+        widening = (kernel.std(half) ** 2 - kernel.std(kernel.target_energies(0.0)) ** 2) / spread
         if answer > 1e-9 * found.variance:
             kept.append(kernel)
             weights.append(answer / widening)
     return Weighted(kept, weights, found.variance)
 
 
-def _trial(outlook: Outlook, kernels: Sequence[Kernel], chosen: set[str], shapes: Shapes) -> float:
+def _trial(outlook: Outlook, kernels: Sequence[Convolution], chosen: set[str], shapes: Shapes) -> float:
     """Return the predicted std of the model as ``shapes`` would make it; the model comes back as it was."""
     with untouched(outlook.scene.model):
         changes = plan(kernels, chosen, True, shapes, None)
@@ -104,7 +104,7 @@ def _trial(outlook: Outlook, kernels: Sequence[Kernel], chosen: set[str], shapes
 
 
 def shapes_for(
-    outlook: Outlook, kernels: Sequence[Kernel], chosen: set[str], target: float, cap: float = 1.0
+    outlook: Outlook, kernels: Sequence[Convolution], chosen: set[str], target: float, cap: float = 1.0
 ) -> Shapes:
     """Return the profiles of least total KL with which the predicted std of the network is ``target`` times today's.
 

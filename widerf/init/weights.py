@@ -21,7 +21,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 
 MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it
 _POWER_ITERATIONS = 30  # spectral normalisation after a change; its estimate starts from the one before
@@ -38,7 +38,7 @@ class Held:
 
     note = ""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Convolution) -> None:
         self.kernel = kernel
         self.module: Any = kernel.module
 
@@ -52,7 +52,7 @@ class Held:
         return weight
 
     def scale_(self, factors: Tensor) -> None:
-        """Multiply the effective weight by ``factors``, laid out as ``Kernel.shape`` lays them out."""
+        """Multiply the effective weight by ``factors``, laid out as ``Convolution.target_energies`` lays them out."""
         self.kernel.scale_(self.module.weight.detach(), factors)
 
     def replace_(self, weight: Tensor) -> None:
@@ -97,7 +97,7 @@ class Experts(Held):
 class Hooked(_Computed):
     """``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune``: a forward pre-hook writes ``module.weight``."""
 
-    def __init__(self, kernel: Kernel, hook: WeightNorm | SpectralNorm | BasePruningMethod) -> None:
+    def __init__(self, kernel: Convolution, hook: WeightNorm | SpectralNorm | BasePruningMethod) -> None:
         super().__init__(kernel)
         self.hook = hook
         if isinstance(hook, SpectralNorm):
@@ -150,7 +150,7 @@ class Parametrised(_Computed):
     Whether the effective weight then is what was wanted is for the caller to see.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Convolution) -> None:
         super().__init__(kernel)
         self.chain: Any = self.module.parametrizations["weight"]
         self.names = " and ".join(type(step).__name__.removeprefix("_") for step in self.chain)
@@ -264,7 +264,7 @@ class Standardised(_Computed):
         self.module.weight.detach().copy_(weight)
 
 
-def hold(kernel: Kernel) -> Held | str:
+def hold(kernel: Convolution) -> Held | str:
     """Return how the layer keeps its weight, or in words why widerf does not know."""
     module: Any = kernel.module
     if parametrize.is_parametrized(module, "weight"):

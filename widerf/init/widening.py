@@ -18,10 +18,10 @@ from torch import Generator, Tensor, nn
 
 from widerf._checks import require
 from widerf.convolutions.branches import undone
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.padding import border_loss, chain_energy
 from widerf.convolutions.places import Place
-from widerf.convolutions.selection import Selector, find_kernels, select
+from widerf.convolutions.selection import Selector, find_convolutions, select
 from widerf.geometry import ntuple
 from widerf.init.advice import warnings_of
 from widerf.init.draws import Base, check_base
@@ -95,13 +95,13 @@ def apply(
     """
     strength = check_strength(strength)
     check_base(base, generator)
-    kernels = find_kernels(model)
+    kernels = find_convolutions(model)
     require(bool(kernels), "model", "hold at least one convolution", type(model).__name__)
     chosen = {kernel.name for kernel in kernels} if only is None else select(kernels, model, only, "only")
     chosen -= set() if skip is None else select(kernels, model, skip, "skip")
     require(target is None or input_size is not None, "input_size", "be given together with target", input_size)
     outlook = None if input_size is None or target is None else Outlook.of(model, input_size)
-    shapes: Shapes = lambda kernel: (kernel.shape(strength), strength)  # noqa: E731
+    shapes: Shapes = lambda kernel: (kernel.target_energies(strength), strength)  # noqa: E731
     if outlook is not None and target is not None:
         shapes = shapes_for(outlook, kernels, chosen, target, cap)
     else:
@@ -222,7 +222,9 @@ def periphery_(
     strength = check_strength(strength)
     size = tuple(tensor.shape[2:])
     steps = ntuple(stride, len(size), "stride") if transposed else (1,) * len(size)
-    kernel = Kernel("", nn.Identity(), kernel_size=size, stride=steps, dilation=(1,) * len(size), transposed=transposed)
+    kernel = Convolution(
+        "", nn.Identity(), kernel_size=size, stride=steps, dilation=(1,) * len(size), transposed=transposed
+    )
     if strength > 0.0 and kernel.nothing_to_gain() is None:
-        kernel.scale_(tensor, factors_for(kernel, kernel.energies(tensor), kernel.shape(strength)))
+        kernel.scale_(tensor, factors_for(kernel, kernel.energies(tensor), kernel.target_energies(strength)))
     return tensor

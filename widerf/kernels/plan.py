@@ -203,7 +203,7 @@ def _split(runs: tuple[Run, ...], kernel_size: Sequence[int]) -> list[tuple[Run,
     return pieces
 
 
-def reach(
+def overhang(
     offsets: Sequence[tuple[int, ...]],
     kernel_size: Sequence[int],
     padding: Sequence[tuple[int, int]],
@@ -240,7 +240,7 @@ def make_layout(
         return tuple(a + d * o for a, d, o in zip(first, dilation, tap, strict=True))
 
     def plan(runs: tuple[Run, ...], native: bool = False) -> Plan:
-        extra = reach([tap for run in runs for tap in run.shifts], kernel_size, padding, dilation)
+        extra = overhang([tap for run in runs for tap in run.shifts], kernel_size, padding, dilation)
         placed = tuple(run._replace(shifts=tuple(map(shift, run.shifts))) for run in runs)
         return Plan(placed, repeats, stride, *extra, groups, _grid(placed[0].shifts, kernel_size) if native else None)
 

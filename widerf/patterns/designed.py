@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from widerf._checks import require
-from widerf.geometry import ntuple
-from widerf.patterns.taps import Size, coprime, dense_taps, match_dense, nearest_free, require_groups, sizes, window
+from widerf.geometry import Size, ntuple
+from widerf.patterns.taps import coprime, dense_taps, match_dense, nearest_free, require_groups, sizes, window
 
 
 def stratified(kernel_size: Size, extent: Size, groups: int = 1, generator: Generator | None = None) -> Tensor:

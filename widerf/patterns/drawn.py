@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from widerf.geometry import ntuple, tap_coordinates
-from widerf.patterns.taps import Size, dense_taps, match_dense, require_groups, sizes, widest_spacing, window
+from widerf.geometry import Size, ntuple, tap_coordinates
+from widerf.patterns.taps import dense_taps, match_dense, require_groups, sizes, widest_spacing, window
 
 Pattern = Callable[..., Tensor]
 

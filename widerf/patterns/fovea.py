@@ -8,7 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from widerf._checks import require
-from widerf.patterns.taps import Size, dense_taps, match_dense, nearest_free, require_groups, sizes, window
+from widerf.geometry import Size
+from widerf.patterns.taps import dense_taps, match_dense, nearest_free, require_groups, sizes, window
 
 _GOLDEN = math.pi * (3 - math.sqrt(5))  # radians from one tap of the spiral to the next: 2.39996
 _GAP = 0.6  # cells between the core and the first tap of the spiral

@@ -10,10 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from widerf._checks import require, require_known
+from widerf.geometry import Size
 from widerf.patterns.designed import multiscale, rings, spacings, stratified
 from widerf.patterns.drawn import Pattern, centered, dense, gaussian, grid, halfgrid, mixed, partition, random
 from widerf.patterns.fovea import foveal
-from widerf.patterns.taps import Size, require_groups, sizes
+from widerf.patterns.taps import require_groups, sizes
 
 NAMED: dict[str, Pattern] = {
     "mixed": mixed,

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from widerf._checks import require
-from widerf.geometry import ntuple, tap_coordinates
-
-Size = int | Sequence[int]
+from widerf.geometry import Size, ntuple, tap_coordinates
 
 
 def sizes(kernel_size: Size, extent: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:

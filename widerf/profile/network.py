@@ -118,10 +118,10 @@ def _axes_of_network(
         for k in size:
             counts[k, weight / len(size)] += 1.0
     squares = [np.linspace(-1.0, 1.0, k) ** 2 if k > 1 else np.zeros(1) for k, _ in axes]
-    reach = np.array([counts[k, w] * w * corner_variance(k) for k, w in axes])
+    at_corners = np.array([counts[k, w] * w * corner_variance(k) for k, w in axes])
     block = np.repeat(np.arange(len(axes)), [k for k, _ in axes])
-    scale = reach.sum()  # the shared constraint is scaled so that all corners together give 1
-    shared = np.concatenate(squares) * (reach / scale)[block]
+    scale = at_corners.sum()  # the shared constraint is scaled so that all corners together give 1
+    shared = np.concatenate(squares) * (at_corners / scale)[block]
     columns, bounds = [shared], [wanted / scale]
     if cap < 1.0:
         for index, (k, _) in enumerate(axes):

@@ -143,8 +143,8 @@ def tap_profile(offsets: Tensor, strength: float) -> Tensor:
     require(offsets.ndim == 3, "offsets", "have shape (groups, taps, D)", tuple(offsets.shape))
     groups, taps, _ = offsets.shape
     coordinates = offsets.detach().to("cpu", torch.float64).numpy()
-    reach = np.abs(coordinates).max(axis=(0, 1))
-    features = (coordinates[..., reach > 0] / reach[reach > 0]) ** 2
+    radius = np.abs(coordinates).max(axis=(0, 1))
+    features = (coordinates[..., radius > 0] / radius[radius > 0]) ** 2
     distance = features.sum(axis=-1)
     farthest = (distance >= distance.max(axis=1, keepdims=True) - 1e-9).astype(np.float64)
     extreme = farthest / farthest.sum(axis=1, keepdims=True)

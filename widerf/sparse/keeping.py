@@ -12,8 +12,8 @@ from widerf import patterns
 from widerf.functional import read_taps
 from widerf.kernels.plan import Layout, Taps
 from widerf.sparse import following
-from widerf.sparse.frame import Frame, Pairs, lay_out
 from widerf.sparse.offsets import check_pattern
+from widerf.sparse.spec import LayerSpec, Pairs, lay_out
 
 STALE = (
     "offsets must not be changed after compilation, got others than those compiled "
@@ -54,7 +54,7 @@ class KeepsOffsets(_ConvNd):
 
     def _forget(self) -> None:
         """Drop what is derived: the layout, and the memory of the offsets that it was made from."""
-        self._planned: tuple[Frame, Layout, Pairs, Pairs] | None = None
+        self._planned: tuple[LayerSpec, Layout, Pairs, Pairs] | None = None
         self._seen: following.Seen | None = None
         self._compiled_with: Tensor | None = None
         self._lent: tuple[Tensor, int | None, int | None] | None = None
@@ -67,15 +67,15 @@ class KeepsOffsets(_ConvNd):
         self._hash = hash(self._taps)  # of this process
         self._layout()
 
-    def _frame(self) -> Frame:
+    def _spec(self) -> LayerSpec:
         sizes = (self.in_channels, self.kernel_size, self.stride)
-        return Frame(*sizes, self.padding, self.dilation, self.groups, self.padding_mode)
+        return LayerSpec(*sizes, self.padding, self.dilation, self.groups, self.padding_mode)
 
     def _layout(self) -> tuple[Layout, Pairs, Pairs]:
         """Return the layout, the padding it works with, and what to add to the image beforehand."""
-        frame = self._frame()
-        if self._planned is None or self._planned[0] != frame:
-            self._planned = (frame, *lay_out(frame, self._taps))
+        spec = self._spec()
+        if self._planned is None or self._planned[0] != spec:
+            self._planned = (spec, *lay_out(spec, self._taps))
         return self._planned[1:]
 
     def reset_parameters(self) -> None:

@@ -13,13 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 from widerf import patterns
 from widerf._checks import require
 from widerf.functional import apply_layout, check_offsets, extend, read_taps, resolve_padding
-from widerf.geometry import ntuple
+from widerf.geometry import Size, ntuple
 from widerf.sparse import following
-from widerf.sparse.frame import borders, convolve_as
 from widerf.sparse.keeping import KeepsOffsets
 from widerf.sparse.offsets import check_block, check_pattern, draw_offsets, fresh_seed, window_of
+from widerf.sparse.spec import borders, convolve_as
 
-Size = int | Sequence[int]
 Pattern: TypeAlias = str | Tensor | patterns.Mixture
 
 
@@ -140,7 +139,7 @@ class SparseConv(KeepsOffsets):
     def _convolve_members(self, input: Tensor) -> Tensor:
         """Convolve by offsets that `torch.vmap` has another set of for each member of an ensemble."""
         corners = patterns.window(self.kernel_size, self.extent)[[0, -1]].tolist()
-        pads, added = borders(self._frame(), corners)
+        pads, added = borders(self._spec(), corners)
         wide = extend(input, added, self.padding_mode)
         return apply_layout(wide, self.weight, self.bias, self._layout()[0], pads, self.dilation, self.offsets)
 
@@ -154,7 +153,7 @@ class SparseConv(KeepsOffsets):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         bias = None if self.bias is None else tracer.create_proxy("get_attr", "bias", (), {})
         tensors = (input, *(tracer.create_proxy("get_attr", name, (), {}) for name in ("weight", "offsets")))
-        return tracer.create_proxy("call_function", convolve_as, (*tensors, bias, *self._frame()), {})
+        return tracer.create_proxy("call_function", convolve_as, (*tensors, bias, *self._spec()), {})
 
     def readers(self) -> tuple[int, int]:
         """Return how many of the input channels of one group of connections read a cell of the window: (fewest, most).
@@ -186,7 +185,7 @@ class SparseConv(KeepsOffsets):
         )
 
     @classmethod
-    def _from_dense(
+    def from_dense(
         cls,
         conv: nn.Module,
         extent: Size | None,
@@ -194,6 +193,11 @@ class SparseConv(KeepsOffsets):
         seed: int | None,
         block: int | None = None,
     ) -> Any:
+        """Return a sparse layer that holds the very parameters of ``conv``.
+
+        Raises:
+            TypeError: if ``conv`` is not a plain convolution of the same rank.
+        """
         rule = f"be a plain {cls.DENSE.__name__} (its forward not overridden, its weight a parameter, no hooks)"
         plain = why_not_plain(conv, cls.DENSE) is None
         require(plain, "conv", rule, type(conv).__name__, TypeError)
@@ -231,7 +235,8 @@ class SparseConv(KeepsOffsets):
         layer._keep(layer._taps)  # on the device of the weight
         return layer.train(conv.training)
 
-    def _to_dense(self) -> Any:
+    def to_dense(self) -> Any:
+        """Return the exact plain convolution of the same rank, with zeros where no tap lies."""
         self._follow()
         # Cells of the window before and after the dense taps; a plain convolution needs as many on both sides.
         more = [s - k - (s - k) // 2 for s, k in zip(self.extent, self.kernel_size, strict=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from widerf.sparse.layer import Pattern, Size, SparseConv
+from widerf.geometry import Size
+from widerf.sparse.layer import Pattern, SparseConv
 
 
 class SparseConv1d(SparseConv):
@@ -30,11 +31,11 @@ class SparseConv1d(SparseConv):
         block: int | None = None,
     ) -> SparseConv1d:
         """Return a sparse layer that shares the parameters of ``conv``; see `SparseConv2d.from_conv2d`."""
-        return cls._from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
+        return cls.from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
 
     def to_conv1d(self) -> nn.Conv1d:
         """Return the exact dense twin; see `SparseConv2d.to_conv2d`."""
-        return self._to_dense()  # type: ignore[no-any-return]
+        return self.to_dense()  # type: ignore[no-any-return]
 
 
 class SparseConv2d(SparseConv):
@@ -136,7 +137,7 @@ class SparseConv2d(SparseConv):
             >>> torch.allclose(conv(x), sparse(x), atol=1e-5)
             True
         """
-        return cls._from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
+        return cls.from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
 
     def to_conv2d(self) -> nn.Conv2d:
         """Return the exact dense twin, an ``nn.Conv2d`` of ``extent`` taps per axis.
@@ -150,7 +151,7 @@ class SparseConv2d(SparseConv):
             >>> SparseConv2d(4, 8, 3, padding=1, extent=9).to_conv2d()
             Conv2d(4, 8, kernel_size=(9, 9), stride=(1, 1), padding=(4, 4))
         """
-        return self._to_dense()  # type: ignore[no-any-return]
+        return self.to_dense()  # type: ignore[no-any-return]
 
 
 class SparseConv3d(SparseConv):
@@ -176,8 +177,8 @@ class SparseConv3d(SparseConv):
         block: int | None = None,
     ) -> SparseConv3d:
         """Return a sparse layer that shares the parameters of ``conv``; see `SparseConv2d.from_conv2d`."""
-        return cls._from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
+        return cls.from_dense(conv, extent, pattern, seed, block)  # type: ignore[no-any-return]
 
     def to_conv3d(self) -> nn.Conv3d:
         """Return the exact dense twin; see `SparseConv2d.to_conv2d`."""
-        return self._to_dense()  # type: ignore[no-any-return]
+        return self.to_dense()  # type: ignore[no-any-return]

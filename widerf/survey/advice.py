@@ -14,9 +14,9 @@ from torch import nn
 from widerf._checks import require
 from widerf.conversion.swap import convert
 from widerf.convolutions.branches import silent_branches
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.places import find_places
-from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.selection import find_convolutions
 from widerf.erf.frame import Frame
 from widerf.erf.map import CLIPPED_LIMIT, ERF
 from widerf.erf.measurement import measure
@@ -122,7 +122,7 @@ def advise(
     require(numeric, "object_size", "be a number of input pixels", object_size, TypeError)
     require(object_size is None or 0 < object_size < math.inf, "object_size", "be positive", object_size)
     scene = Scene.of(model, input_size, layer)
-    look = _Network(scene, find_kernels(model), layer)
+    look = _Network(scene, find_convolutions(model), layer)
     rows = sorted(look.findings(object_size), key=lambda row: not row.fault)
     return Advice(
         tuple(rows), (), layer=scene.site.name, input_size=scene.input_size, object_size=object_size,
@@ -133,7 +133,7 @@ def advise(
 class _Network:
     """One network under examination: recorded once, asked several questions."""
 
-    def __init__(self, scene: Scene, kernels: list[Kernel], layer: str | nn.Module | None) -> None:
+    def __init__(self, scene: Scene, kernels: list[Convolution], layer: str | nn.Module | None) -> None:
         self.scene, self.kernels, self.model, self.layer = scene, kernels, scene.model, layer
         self.silent = silent_branches(scene.model)
         self.trained = [name for name, module in scene.model.named_modules() if has_seen_data(module)]

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from widerf.conversion.swap import convert
-from widerf.convolutions.convolution import Kernel
+from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.padding import border_loss
 from widerf.convolutions.places import Place
-from widerf.convolutions.selection import find_kernels
+from widerf.convolutions.selection import find_convolutions
 from widerf.erf.prediction import expected_energy
 from widerf.survey.findings import Finding, Look, call_of, mended, spaced
 from widerf.trace.scene import Scene
@@ -22,7 +22,7 @@ from widerf.trace.tape import Call, Tape
 _DOMINATES = 0.5  # share of the head's energy that comes through the skip
 
 
-def strided_grids(model: nn.Module, kernels: Sequence[Kernel]) -> Iterator[Finding]:
+def strided_grids(model: nn.Module, kernels: Sequence[Convolution]) -> Iterator[Finding]:
     """Find dilated convolutions whose spacing shares a factor with their stride: they never read most pixels."""
     for kernel in kernels:
         seen = _seen(kernel)
@@ -51,12 +51,12 @@ def next_coprime(dilation: int, stride: int) -> int:
     return next(d for d in range(dilation, dilation + stride + 1) if math.gcd(d, stride) == 1)
 
 
-def _seen(kernel: Kernel) -> float:
+def _seen(kernel: Convolution) -> float:
     axes = zip(kernel.kernel_size, kernel.stride, kernel.dilation, strict=True)
     return math.prod(1 / math.gcd(s, d) for k, s, d in axes if k > 1)
 
 
-def off_the_map(model: nn.Module, kernels: Sequence[Kernel], places: Mapping[str, Place]) -> Iterator[Finding]:
+def off_the_map(model: nn.Module, kernels: Sequence[Convolution], places: Mapping[str, Place]) -> Iterator[Finding]:
     """Find convolutions whose windows are wider than the map that they slide over: taps there read padding only."""
     for kernel in kernels:
         place = places.get(kernel.name)
@@ -79,13 +79,13 @@ def off_the_map(model: nn.Module, kernels: Sequence[Kernel], places: Mapping[str
         yield finding if remedy is None else mended(model, finding, remedy, look)
 
 
-def _met(kernel: Kernel, place: Place) -> float:
+def _met(kernel: Convolution, place: Place) -> float:
     lost = border_loss(kernel, place, torch.ones(kernel.kernel_size, dtype=torch.float64))
     return 1.0 if lost is None else 1 - lost
 
 
-def _kernel(model: nn.Module, name: str) -> Kernel:
-    return next(kernel for kernel in find_kernels(model) if kernel.name == name)
+def _kernel(model: nn.Module, name: str) -> Convolution:
+    return next(kernel for kernel in find_convolutions(model) if kernel.name == name)
 
 
 def _text(sizes: Sequence[int]) -> str:
@@ -107,7 +107,9 @@ class Skip:
     share: float
 
 
-def skip_dominates(scene: Scene, kernels: Sequence[Kernel], places: Mapping[str, Place], look: Look) -> Finding | None:
+def skip_dominates(
+    scene: Scene, kernels: Sequence[Convolution], places: Mapping[str, Place], look: Look
+) -> Finding | None:
     """Find the last skip to the head of a U-Net, if most of the head's energy comes through it."""
     skip = last_skip(scene)
     if skip is None or skip.share <= _DOMINATES:
