@@ -77,7 +77,7 @@ def assert_equals_support(
     model: nn.Module, input_size: tuple[int, ...], unit: tuple[int, ...], layer: str = ""
 ) -> None:
     found = receptive_field(model, input_size, layer=layer)
-    first, last = found.span(unit)
+    first, last = found.interval(unit)
     cut = [(max(a, 0), min(b, n - 1)) for a, b, n in zip(first, last, input_size[1:], strict=True)]
     assert cut == support(model, input_size, unit, layer)
 
@@ -132,8 +132,8 @@ def test_a_dilated_variant_sees_what_the_gradient_sees(name: str) -> None:
     found = receptive_field(model, (3, 640, 16), layer=layer)
     assert found.jump == (8.0, 8.0)
     assert support(model, (3, 640, 16), (40, 1), layer)[0] == (
-        found.span((40, 1))[0][0],
-        found.span((40, 1))[1][0],
+        found.interval((40, 1))[0][0],
+        found.interval((40, 1))[1][0],
     )
 
 
@@ -198,7 +198,7 @@ def test_a_random_network_sees_what_the_gradient_sees(network: tuple[int, nn.Mod
 def test_boxes_at_the_border_go_beyond_the_image_by_the_padding(unit: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, (3, 5), padding=(1, 2)), nn.Conv2d(2, 2, 3, padding=1))
     found = receptive_field(model, (2, 12, 12))
-    assert found.span(unit) == ((unit[0] - 2, unit[1] - 3), (unit[0] + 2, unit[1] + 3))
+    assert found.interval(unit) == ((unit[0] - 2, unit[1] - 3), (unit[0] + 2, unit[1] + 3))
     assert_equals_support(model, (2, 12, 12), unit)
 
 
@@ -277,7 +277,7 @@ def test_windowed_attention_sees_its_window() -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), img_size=112, num_classes=0)
     found = receptive_field(model, (3, 112, 112), layer="layers.0")
     assert found.size == (28, 28)
-    assert found.span((8, 13)) == ((28, 28), (55, 55))
+    assert found.interval((8, 13)) == ((28, 28), (55, 55))
     assert found.global_paths == ()
 
 

@@ -189,3 +189,10 @@ def test_a_unit_outside_the_map_is_refused(unit: tuple[int, ...]) -> None:
 
 def test_an_input_size_is_a_tuple_of_integers() -> None:
     assert check_input_size([3, 8, 8]) == (3, 8, 8)
+
+
+def test_a_model_without_values_is_named() -> None:
+    with pytest.raises(
+        ValueError, match="model must hold values in every tensor, got \"'0.weight' on the meta device\""
+    ):
+        spatial_layer(nn.Sequential(nn.Conv2d(3, 4, 3, device="meta")), (3, 9, 9))

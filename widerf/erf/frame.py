@@ -28,7 +28,7 @@ class Frame:
     @classmethod
     def of(cls, field: ReceptiveField, units: Sequence[tuple[int, ...]]) -> Frame:
         """Return the box that the units see together."""
-        spans = [field.span(unit) for unit in units]
+        spans = [field.interval(unit) for unit in units]
         first = [min(ends) for ends in zip(*(low for low, _ in spans), strict=True)]
         last = [max(ends) for ends in zip(*(high for _, high in spans), strict=True)]
         return cls(

@@ -55,10 +55,10 @@ class ReceptiveField:
             >>> receptive_field(nn.Conv2d(1, 1, 7, stride=2, padding=3), (1, 32, 32)).center((16, 16))
             (32.0, 32.0)
         """
-        first, last = self.span(unit)
+        first, last = self.interval(unit)
         return tuple((a + b) / 2 for a, b in zip(first, last, strict=True))
 
-    def span(self, unit: Sequence[int] | int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def interval(self, unit: Sequence[int] | int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """First and last pixel that a unit sees, per axis; they lie beyond the border where the map was padded."""
         shape = tuple(self._first.shape[1:])
         if not self.regular or unit is None:

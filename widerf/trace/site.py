@@ -210,6 +210,7 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         ordinary = "hold ordinary tensors, not such as were made under torch.inference_mode (a deep copy outside is)"
         require(not tensor.is_inference(), "model", ordinary, repr(name))
+        require(not tensor.is_meta, "model", "hold values in every tensor", f"{name!r} on the meta device")
         if not tensor.is_floating_point() or bool(tensor.detach().sum().isfinite()):  # one look is enough
             continue
         # Masks of -inf are lawful buffers (Swin's shifted windows); NaN nowhere is.
