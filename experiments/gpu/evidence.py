@@ -1,7 +1,7 @@
 """The evidence that needs a card, in parts that fit the minutes given.
 
-    python -m experiments.gpu.evidence --minutes 8 --part 1
-    python -m experiments.gpu.evidence --minutes 8 --part 2 --data-dir DIR
+    python -m experiments.gpu evidence --minutes 8 --part 1
+    python -m experiments.gpu evidence --minutes 8 --part 2 --data-dir DIR
 
 Does what is missing of a part, most decisive first, and writes each line at once to
 ``docs/results/evidence-DEVICE-PART.jsonl``; the same command goes on from there. How long a run takes is learnt from
@@ -87,7 +87,7 @@ def do_part(runs: Iterable[Run], rows: Ledger, allowance: Allowance, device: tor
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and do one part."""
     names = list(PARTS)
-    line = argparse.ArgumentParser("experiments.gpu.evidence", description=__doc__.split("\n")[0])
+    line = argparse.ArgumentParser("experiments.gpu evidence", description=__doc__.split("\n")[0])
     told = ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
     line.add_argument("--part", type=int, required=True, help=told)
     line.add_argument("--minutes", type=float, default=8.0, help="for all of it, reading the images too")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.compare import arms, tasks
+from experiments.compare import arms, page, tasks, training
 from experiments.compare.command import main
 from experiments.compare.far_pair import far_pair_batch
 from experiments.compare.verdict import Verdict
-from experiments.harness.inputs import main_guard
+from experiments.harness.inputs import InputError, main_guard
 from tests.experiments.images import write_images
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +270,54 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "the same command goes on from there" in errors
+
+
+def test_a_loss_that_is_no_number_and_a_dead_unit_are_records() -> None:
+    task = dataclasses.replace(tasks.make("far-pair", options={"radius": 1, "depth": 2}), steps=20)
+    good, dead = (arms.Arm("he").build(task.network, 0) for _ in range(2))
+    with torch.no_grad():
+        dead.features[2].bias.fill_(-1e3)  # type: ignore[union-attr,index]
+    records = []
+    for seed, (net, lr) in enumerate([(good, 1e20), (dead, task.lr)]):
+        record = training.one_run(net, dataclasses.replace(task, lr=lr), 1000 + seed, torch.device("cpu"), 2)
+        records.append({"task": "t", "arm": "he", "seed": seed, **json.loads(json.dumps(record, allow_nan=False))})
+    assert [record["outcome"] for record in records] == ["diverged", "budget"]
+    assert records[0]["curve"]["step"] == [10], "it went on after its loss was no number"
+    assert records[1]["erf_before"] is None
+    verdict = Verdict(records, target=0.9, longest=20)
+    assert "Diverged (their loss is no number): 1 of 2 he runs" in verdict.notes
+    assert "Dead after training (no gradient from the unit): 1 of 2 he runs" in verdict.notes
+    assert page.one_run(records[1])[6:8] == ("dead", "dead")
+
+
+def own_task(radius: int = 1) -> tasks.Task:
+    return dataclasses.replace(tasks.make("far-pair", options={"radius": radius, "depth": 2}), name="mine", steps=10)
+
+
+def test_a_task_of_ones_own_is_named_by_module_and_callable() -> None:
+    name = f"{__name__}:own_task"
+    assert tasks.make(name, steps=7).steps == 7
+    assert tasks.make(name, options={"radius": 2}).validation[0].shape[-1] == 7
+    for bad in ("no.such.module:task", f"{__name__}:nothing", f"{__name__}:command", "json:dumps"):
+        with pytest.raises(InputError, match="module:callable"):
+            tasks.make(bad)
+
+
+def test_a_claim_needs_a_small_p_and_an_interval_clear_of_one() -> None:
+    def pairs(n: int) -> Verdict:
+        records = [record("he", s, 300 + 10 * s) for s in range(n)]
+        return Verdict(records + [record("widened-0.5", s, 200 + 7 * s) for s in range(n)], target=0.9, longest=800)
+
+    assert pairs(5).headline.startswith("Cannot tell")  # five pairs cannot give a p below .0625
+    assert pairs(6).headline.startswith("Yes, faster: widened-0.5 reaches 90% in ")
+    slower = Verdict([{**r, "arm": {"he": "widened-0.5"}.get(r["arm"], "he")} for r in pairs(8).records], 0.9, 800)
+    assert slower.headline.startswith("No, slower")
+    alone = Verdict([record("he", 0, 10)], target=0.9, longest=800)
+    assert alone.headline.startswith("No answer")
+
+
+def test_the_report_in_markdown_has_every_run(finished: Path) -> None:
+    text = (finished / "report.md").read_text()
+    for run in results(finished):
+        assert f"| {run['arm']} | {run['seed']} | {run['outcome']} |" in text
+    assert Verdict(results(finished), target=0.9, longest=20).headline in text
