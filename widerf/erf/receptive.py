@@ -123,13 +123,13 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
 
 def from_marks(tape: Tape, layers: Sequence[str]) -> dict[str, ReceptiveField | UntreatedOperatorError]:
     """Receptive fields of marked maps of one recording, which is walked once; the error stands where there is none."""
-    with plain_arithmetic(gradients=False):
-        found = read_all(tape, [tape.marks[layer] for layer in layers])
     sizes = tuple(tape.values[0].shape[2:])
     answers: dict[str, ReceptiveField | UntreatedOperatorError] = {}
-    for layer in layers:
-        reading = found[tape.marks[layer]]
-        answers[layer] = _from_reading(reading, sizes, layer) if isinstance(reading, Reading) else reading
+    with plain_arithmetic(gradients=False):
+        found = read_all(tape, [tape.marks[layer] for layer in layers])
+        for layer in layers:
+            reading = found[tape.marks[layer]]
+            answers[layer] = _from_reading(reading, sizes, layer) if isinstance(reading, Reading) else reading
     return answers
 
 
