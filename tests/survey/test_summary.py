@@ -200,3 +200,35 @@ def test_bad_arguments_are_named(arguments: dict, error: type[Exception], said: 
         widerf.summary(network(), (3, 40, 32), **arguments)
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         widerf.summary(3)
+
+
+@pytest.mark.slow
+def test_a_resnet50_is_summed_up_several_times_faster_than_layer_by_layer() -> None:
+    import time
+
+    import timm
+
+    model = timm.create_model("resnet50", zero_init_last=False).eval()
+    start = time.perf_counter()
+    found = widerf.summary(model, (3, 224, 224))
+    took = time.perf_counter() - start
+    start, asked = time.perf_counter(), found[::6]
+    for row in asked:
+        erf = widerf.predict(model, (3, 224, 224), layer=row.name)
+        field = widerf.receptive_field(model, (3, 224, 224), layer=row.name)
+        assert (row.std, row.size, row.trf_size) == (pytest.approx(erf.std, rel=1e-5), erf.size(), field.size)
+    loop = (time.perf_counter() - start) / len(asked) * len(found)
+    assert loop > 4 * took
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["byobnet", "coatnet", "convnext", "efficientnet", "mambaout", "maxvit", "nfnet", "vit"]
+)
+def test_no_row_of_a_family_of_timm_is_without_a_figure_or_a_reason(family: str) -> None:
+    import timm
+
+    model = timm.create_model(f"test_{family}").eval()
+    found = widerf.summary(model, model.pretrained_cfg["input_size"])
+    assert len(found) > 5
+    assert [row.name for row in found if row.std is None and not row.note] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,9 @@ def read_state(path: str | Path) -> tuple[dict[str, Any], str]:
     except OSError:
         raise
     except Exception as error:  # pickle, zip and torch each have errors of their own
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        called = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on to tell how to run it all the same
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        why = f"it holds more than tensors and calls {called[1]}, which was not run" if called else said[0]
         raise ValueError(f"path must hold tensors only, and whole, got {str(path)!r}: {why}") from error
     return _unwrapped(found, path)
 

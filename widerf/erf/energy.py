@@ -136,7 +136,7 @@ class _Pass:
                 yield value, flow.times(None, shapes[value])
             return
         if len(group) == 1 and last.name == "relu":  # the most frequent one, without autograd
-            yield sources[0], flow.times((self.tape.values[sources[0]] > 0).to(flow.energy.dtype), shapes[sources[0]])
+            yield sources[0], flow.where(self.tape.values[sources[0]] > 0, shapes[sources[0]])
             return
         inputs = {value: self.tape.values[value].detach().expand(flow.energy.shape) for value in sources}
         result = next(out for out in last.outputs if out is not None)

@@ -20,6 +20,7 @@ from widerf.erf.gaussian import GaussianFit, fit_gaussian
 from widerf.erf.jackknife import jackknife_error
 from widerf.errors import ClippedWarning, DeadUnitError
 from widerf.geometry import Moments, marginal, moments
+from widerf.report import counted
 
 CLIPPED_LIMIT = 0.01
 _FIGURES = ("std", "std_per_axis", "centroid", "size", "radius", "area_ratio", "excess_kurtosis", "clipped")
@@ -163,7 +164,7 @@ class ERF:
         require(0 < level < 1, "level", "be in (0, 1)", level)
         require_known(of, ("amplitude", "energy"), "of")
         values = self.map.sqrt() if of == "amplitude" else self.map
-        middle = self._at_center(values)
+        middle = self.at_center(values)
         return float((values > level * middle).sum()) ** (1 / values.ndim) if middle > 0 else math.nan
 
     def radius(self, mass: float) -> float:
@@ -242,6 +243,20 @@ class ERF:
         pairs = [(float(v - w), float(v + w)) for v, w in zip(np.atleast_1d(value), np.atleast_1d(half), strict=True)]
         return pairs[0] if value.ndim == 0 else tuple(pairs)
 
+    def __repr__(self) -> str:
+        figures = f"std {self.std:.3g}, 2σ size {self.size():.3g}"
+        field = "whole image" if self.trf_size is None else "×".join(map(str, self.trf_size))
+        field = "not known" if self.untraced is not None else field
+        how = "predicted" if self.samples is None else f"measured, {counted(self.samples, 'draw')}"
+        clipped = f", {self.clipped:.0%} clipped" if self.clipped > CLIPPED_LIMIT else ""
+        image = "×".join(map(str, self.map.shape))
+        return f"ERF({figures} of {image} pixels, theoretical field {field}{clipped}, {how})"
+
+    def _repr_html_(self) -> str:
+        from widerf.erf import plot
+
+        return plot.html(self)
+
     def plot(self, ax: Any = None) -> Any:
         """Draw the map with its 2-sigma contour, the TRF and the fitted Gaussian; see :func:`widerf.erf.plot.draw`."""
         from widerf.erf import plot
@@ -298,7 +313,8 @@ class ERF:
         first = int(torch.searchsorted(held, mass * float(held[-1]) - 1e-12))
         return float(ordered[min(first, len(ordered) - 1)])
 
-    def _at_center(self, values: Tensor) -> float:
+    def at_center(self, values: Tensor) -> float:
+        """Return the value of a map at :attr:`center`; between pixels, the mean of those next to it."""
         for c, n in zip(self.center, self.map.shape, strict=True):
             low = min(max(math.floor(c + 1e-9), 0), n - 1)
             high = min(max(math.ceil(c - 1e-9), 0), n - 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widerf.erf.coordinates import Reading, read, read_all
 from widerf.errors import UntreatedOperatorError
+from widerf.report import cell, html_table
 from widerf.trace.ambient import plain_arithmetic
 from widerf.trace.scene import Scene
 from widerf.trace.site import check_unit
@@ -57,6 +58,15 @@ class ReceptiveField:
         """
         first, last = self.interval(unit)
         return tuple((a + b) / 2 for a, b in zip(first, last, strict=True))
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "layer": self.layer or "the output", "size": "the whole image" if self.global_paths else cell(self.size),
+            "size by local paths": cell(self.size) if self.global_paths else "", "jump": cell(self.jump),
+            "centre of the centre unit": ", ".join(f"{c:g}" for c in self.center()),
+            "global paths": ", ".join(self.global_paths), "misaligned joins": ", ".join(self.misaligned),
+        }  # fmt: skip
+        return html_table(["theoretical field", "input pixels"], [[k, v] for k, v in rows.items() if v])
 
     def interval(self, unit: Sequence[int] | int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """First and last pixel that a unit sees, per axis; they lie beyond the border where the map was padded."""
@@ -113,13 +123,13 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
 
 def from_marks(tape: Tape, layers: Sequence[str]) -> dict[str, ReceptiveField | UntreatedOperatorError]:
     """Receptive fields of marked maps of one recording, which is walked once; the error stands where there is none."""
-    with plain_arithmetic(gradients=False):
-        found = read_all(tape, [tape.marks[layer] for layer in layers])
     sizes = tuple(tape.values[0].shape[2:])
     answers: dict[str, ReceptiveField | UntreatedOperatorError] = {}
-    for layer in layers:
-        reading = found[tape.marks[layer]]
-        answers[layer] = _from_reading(reading, sizes, layer) if isinstance(reading, Reading) else reading
+    with plain_arithmetic(gradients=False):
+        found = read_all(tape, [tape.marks[layer] for layer in layers])
+        for layer in layers:
+            reading = found[tape.marks[layer]]
+            answers[layer] = _from_reading(reading, sizes, layer) if isinstance(reading, Reading) else reading
     return answers
 
 

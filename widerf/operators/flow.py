@@ -47,6 +47,11 @@ class Flow(NamedTuple):
         common = self.common if derivative is None or self.common is None else derivative * self.common
         return Flow(energy.sum_to_size(shape), None if common is None else common.sum_to_size(shape))
 
+    def where(self, mask: Tensor, shape: tuple[int, ...]) -> Flow:
+        """Through an element-wise derivative of 1 where ``mask`` and 0 elsewhere."""
+        common = None if self.common is None else (self.common * mask).sum_to_size(shape)
+        return Flow((self.energy * mask).sum_to_size(shape), common)
+
     def scaled(self, factor: float) -> Flow:
         """The flow with all energies times ``factor``."""
         return Flow(self.energy * factor, None if self.common is None else self.common * math.sqrt(factor))

@@ -186,7 +186,8 @@ class _Network:
     def _silence(self) -> Finding:
         assert self.erf is not None
         finding = Finding(
-            "silent", f"silent at these weights: {counted(len(self.silent), 'branch', 'branches')}; it does not show",
+            "silent",
+            f"{counted(len(self.silent), 'branch', 'branches')} scaled by 0, or nearly: what is there does not show",
             "scales of norms and layer scales", tuple(self.silent), figure=_STD, before=self.erf.std,
         )  # fmt: skip
         return finding if self.trained else mended(self.model, finding, waking(self.model, list(self.silent)), self.std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from widerf.trace.sandbox import untouched
+
+_NOTHING = 1e-3  # relative change of a figure below which a call mends nothing
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def after(model: nn.Module, remedy: Remedy, look: Look) -> float | None:
 def mended(model: nn.Module, finding: Finding, remedy: Remedy, look: Look) -> Finding:
     """Return the finding with the remedy and what it would give, if it applies and changes the figure."""
     found = after(model, remedy, look)
-    if found is None or found == finding.before:
+    if found is None or (finding.before is not None and math.isclose(found, finding.before, rel_tol=_NOTHING)):
         return finding
     return replace(finding, call=remedy.text, after=found)
 

@@ -185,4 +185,5 @@ def _coarsest(tape: Tape) -> dict[int, float]:
 
 def _is_map(tape: Tape, value: int) -> bool:
     shape = tape.values[value].shape
-    return len(shape) == tape.values[0].ndim and math.prod(shape[2:]) > 1
+    image = tape.values[0]  # windows of attention lie in the batch
+    return len(shape) == image.ndim and shape[0] == image.shape[0] and math.prod(shape[2:]) > 1

@@ -257,8 +257,8 @@ def _warnings(rows: Sequence[LayerView], silent: Mapping[str, float], lost: Sequ
     if silent:
         quiet = sum(row.silent for row in rows)
         said.append(
-            f"silent at these weights: {counted(len(silent), 'branch', 'branches')} ({listed(list(silent))}), with "
-            f"{counted(quiet, 'layer')} of these: they do not show in the ERF of what follows until woken "
+            f"silent at these weights: {counted(len(silent), 'branch', 'branches')} ({listed(list(silent))}), "
+            f"with {counted(quiet, 'row')} of this table: they do not show in what follows until woken "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
     cut = [row.name or "the output" for row in rows if (row.clipped or 0) > CLIPPED_LIMIT]
