@@ -70,7 +70,7 @@ def test_a_stacked_run_takes_less_than_half_of_the_processor_time_of_a_run_alone
         for _ in range(5):
             nets = [arm.build(task.network, seed) for seed in range(8)]
             started = time.process_time()
-            training.train(arm.build(task.network, 0), task, 0, CPU)
+            training.train(arm.build(task.network, 0), dataclasses.replace(task, faster=None), 0, CPU)
             between = time.process_time()
             stacked.train(nets, task, range(8))
             ratios.append((between - started) / ((time.process_time() - between) / len(nets)))
