@@ -318,7 +318,9 @@ def overloads() -> list[str]:
                 continue
             # TorchScript's overloads for plain numbers, strings and dictionaries have no kernel.
             script = not torch._C._dispatch_has_kernel(f"aten::{full}".removesuffix(".default"))
-            if not writes and not script and full not in found:
+            # Named axes: torch 2.11 has these overloads still, later versions have none.
+            dimnames = "names" in overload or "dimname" in overload.lower()
+            if not writes and not script and not dimnames and full not in found:
                 found.append(full)
     return [short for name in found if (short := name.removesuffix(".default")) not in NO_IMAGE]
 
