@@ -76,6 +76,7 @@ def test_what_is_no_sparse_layer_is_refused(ask: Callable[..., object]) -> None:
 
 
 def test_on_a_gpu_the_grouping_of_the_taps_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
     from widerf.kernels import cuda
 
     taps = torch.arange(2 * 9 * 2).reshape(2, 9, 2)
