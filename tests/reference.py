@@ -12,6 +12,8 @@ import torch
 from scipy import optimize
 from torch import Tensor, nn
 
+from widerf.trace.tape import Tape
+
 
 def fingerprint(model: nn.Module) -> list[Any]:
     """All that a model and the world's random states hold, as plain values that compare bit by bit."""
@@ -204,3 +206,12 @@ def stack(layers: int, width: int = 8, kernel_size: int = 3, rank: int = 2) -> n
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
     convs = [kind(width if i else 3, width, kernel_size, padding=kernel_size // 2, bias=False) for i in range(layers)]
     return nn.Sequential(*itertools.chain.from_iterable((conv, nn.ReLU()) for conv in convs))
+
+
+def replayed(tape: Tape, image: Tensor) -> Tensor:
+    """The map, made by running the recorded operators one after another."""
+    values = {0: image}
+    for step in tape.needed():
+        outputs = step.run({position: values[value] for position, value in step.inputs.items()})
+        values.update({value: out for value, out in zip(step.outputs, outputs, strict=True) if value is not None})
+    return values[tape.target]

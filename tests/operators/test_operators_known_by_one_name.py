@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.operators.calls import CASES, call_of, image, tracked
+from tests.reference import replayed
 from widerf import predict, receptive_field
 from widerf.erf.energy import backpropagate
 from widerf.operators import rule_of
@@ -123,14 +124,6 @@ def taped(function: Any, x: Tensor) -> Tape:
     return record(model, x, MapSite("", model, 0, ()))
 
 
-def replay(tape: Tape, x: Tensor) -> Tensor:
-    values = {0: x}
-    for call in tape.needed():
-        made = call.run({position: values[value] for position, value in call.inputs.items()})
-        values.update({value: out for value, out in zip(call.outputs, made, strict=False) if value is not None})
-    return values[tape.target]
-
-
 def has_in_place_form(name: str) -> bool:
     packet, _, overload = name.partition(".")
     full = f"aten::{packet}_" + (f".{overload}" if overload else "")
@@ -168,7 +161,7 @@ def test_what_is_written_in_place_is_recorded_as_what_is_returned(name: str) -> 
             continue  # the result does not fit in the place
         tape = taped(write, tensor)
         assert torch.equal(tape.values[tape.target], expected)
-        assert torch.equal(replay(tape, tensor), expected)
+        assert torch.equal(replayed(tape, tensor), expected)
 
 
 VIEWS = {
@@ -189,7 +182,7 @@ def test_a_view_in_place_keeps_what_was_known_of_its_tensor(name: str) -> None:
 
     x = image(4)
     tape = taped(turn, x)
-    assert torch.equal(tape.values[tape.target], turn(x)) and torch.equal(replay(tape, x), turn(x))
+    assert torch.equal(tape.values[tape.target], turn(x)) and torch.equal(replayed(tape, x), turn(x))
 
 
 @pytest.mark.parametrize("function", [torch.add, torch.mul, torch.maximum, torch.sub, torch.div])
@@ -202,7 +195,7 @@ def test_out_is_what_is_returned(function: Any) -> None:
         return canvas * 1.0
 
     tape = taped(write, x)
-    assert torch.equal(tape.values[tape.target], function(x, 2 * x)) and torch.equal(replay(tape, x), write(x))
+    assert torch.equal(tape.values[tape.target], function(x, 2 * x)) and torch.equal(replayed(tape, x), write(x))
 
 
 # ── the names that norms have ───────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.reference import fingerprint
+from tests.reference import fingerprint, replayed
 from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
 from widerf.trace.site import spatial_layer
@@ -18,15 +18,6 @@ def taped(model: nn.Module, image: Tensor, layer: str | None = None) -> Tape:
     site = spatial_layer(model, tuple(image.shape[1:]), layer)
     with untouched(model):
         return record(model, image, site)
-
-
-def replayed(tape: Tape, image: Tensor) -> Tensor:
-    """The map, made by running the recorded operators one after another."""
-    values = {0: image}
-    for step in tape.needed():
-        outputs = step.run({position: values[value] for position, value in step.inputs.items()})
-        values.update({value: out for value, out in zip(step.outputs, outputs, strict=True) if value is not None})
-    return values[tape.target]
 
 
 class Branches(nn.Module):

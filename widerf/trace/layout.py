@@ -11,11 +11,11 @@ from torch import Tensor, nn
 _MAX_PREFIX = 8  # class and register tokens in front of the patch tokens
 _GROSS = 2.0
 
-LayoutName = Literal["channels_first", "channels_last", "tokens", "no_channels"]
+AxisOrderName = Literal["channels_first", "channels_last", "tokens", "no_channels"]
 Shape = tuple[int, ...]
 
 
-class Layout(NamedTuple):
+class AxisOrder(NamedTuple):
     """A map in a tensor.
 
     Attributes:
@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     """
 
     shape: Shape
-    name: LayoutName
+    name: AxisOrderName
     prefix: int = 0
 
 
@@ -50,7 +50,7 @@ class Reader:
         elif isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
             self.last_leaf_is_linear = False
 
-    def layout(self, module: nn.Module, inputs: Any, shape: Shape) -> Layout | None:
+    def layout(self, module: nn.Module, inputs: Any, shape: Shape) -> AxisOrder | None:
         """The map in a module's output of shape ``(batch, …)``; ``None`` if there is none."""
         rank = len(self.input_shape)
         found = self._map(shape) if len(shape) == rank + 2 else None
@@ -63,25 +63,25 @@ class Reader:
         self.channels[grid] = found.shape[0]
         return found
 
-    def _map(self, shape: Shape) -> Layout:
+    def _map(self, shape: Shape) -> AxisOrder:
         first, last = self._distortion(shape[2:]), self._distortion(shape[1:-1])
         # Rectangular kernels distort a map a little, a channel axis read as a spatial one much: without a hint that the
         # channels are last, only a gross distortion counts.
         if last <= first if self.last_leaf_is_linear else _GROSS * last < first:
-            return Layout((shape[-1], *shape[1:-1]), "channels_last")
-        return Layout(shape[1:], "channels_first")
+            return AxisOrder((shape[-1], *shape[1:-1]), "channels_last")
+        return AxisOrder(shape[1:], "channels_first")
 
     def _distortion(self, spatial: Shape) -> float:
         """How far the map's aspect is from the input's: 1 where all axes have the same jump."""
         jumps = [n / m for n, m in zip(self.input_shape, spatial, strict=True)]
         return max(jumps) / min(jumps)
 
-    def _flat(self, module: nn.Module, inputs: Any, shape: Shape) -> Layout | None:
+    def _flat(self, module: nn.Module, inputs: Any, shape: Shape) -> AxisOrder | None:
         """A map without an axis for channels, or tokens; of two readings that of the later grid."""
         rank = len(self.input_shape)
         for grid in reversed(self.channels):
             if len(shape) == rank + 1 and shape[1:] == grid and self._may_lack_channels(grid):
-                return Layout((1, *grid), "no_channels")
+                return AxisOrder((1, *grid), "no_channels")
             if len(shape) == 3 and self._are_channels(grid, shape[2]) and math.prod(grid) == shape[1]:
                 return self._as_tokens(shape, grid, 0)
         return self._tokens(module, inputs, shape) if len(shape) == 3 else None
@@ -93,7 +93,7 @@ class Reader:
     def _are_channels(self, grid: Shape, channels: int) -> bool:
         return grid in self.token_grids or self.channels[grid] == channels
 
-    def _tokens(self, module: nn.Module, inputs: Any, shape: Shape) -> Layout | None:
+    def _tokens(self, module: nn.Module, inputs: Any, shape: Shape) -> AxisOrder | None:
         """Tokens only where attention, a linear layer or the model itself says so."""
         _, tokens, channels = shape
         if tokens in self.lost or not (self.says_tokens or self.last_leaf_is_linear):
@@ -119,9 +119,9 @@ class Reader:
         merged = any(math.prod(t.shape[1:]) >= math.prod(grid) * channels for t in tensors_in(inputs))
         return not merged or any(word in type(module).__name__.lower() for word in ("drop", "mask"))
 
-    def _as_tokens(self, shape: Shape, grid: Shape, prefix: int) -> Layout:
+    def _as_tokens(self, shape: Shape, grid: Shape, prefix: int) -> AxisOrder:
         self.token_grids.add(grid)
-        return Layout((shape[2], *grid), "tokens", prefix)
+        return AxisOrder((shape[2], *grid), "tokens", prefix)
 
     def _guesses(self) -> Iterator[Shape]:
         for jump in range(2, max(self.input_shape)):

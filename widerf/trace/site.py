@@ -15,7 +15,7 @@ from torch.nn.modules import module as module_hooks
 
 from widerf._checks import require, require_known
 from widerf.trace.ambient import plain_pass
-from widerf.trace.layout import LayoutName, Reader, by_preference, tensors_in
+from widerf.trace.layout import AxisOrderName, Reader, by_preference, tensors_in
 from widerf.trace.sandbox import untouched
 
 _PROBES = 2  # images in the probing pass: more than one, so that the batch axis shows
@@ -39,7 +39,7 @@ class MapSite:
     module: nn.Module
     call: int
     shape: tuple[int, ...]
-    layout: LayoutName = "channels_first"
+    layout: AxisOrderName = "channels_first"
     position: int = 0
     prefix: int = 0
 
