@@ -41,6 +41,7 @@ class Case:
     layout: str = "contiguous"
     settings: tuple[tuple[str, Any], ...] = ()  # names of `widerf.kernels.cuda` for this case
     sizes: tuple[int, int, int] | None = None  # pixels, outputs and inputs of a program of `box_kernels`
+    together: int = 1  # taps of a program of its weight gradient
     boxes: bool = False  # whether it is a layer for `box_kernels`
     seed: int = 0
 
@@ -130,7 +131,7 @@ def _set(case: Case) -> Iterator[None]:
 
     def sized(shape: configurations.Shape) -> configurations.Configuration:
         assert case.sizes
-        return configurations.fit(shape, configurations.Configuration(*case.sizes, 4, 3, programs=40))
+        return configurations.fit(shape, configurations.Configuration(*case.sizes, 4, 3, 40, case.together))
 
     choose = sized if case.sizes else configurations.from_table
     settings = dict(case.settings)

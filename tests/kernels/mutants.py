@@ -76,7 +76,11 @@ BOX_WEIGHT = (
     ("chunk starts off by one tile", "range(split,", "range(split + 1,", BLOCKS),
     ("chunk ends off by one image tile", "met * image_tiles", "met * (image_tiles - 1)", NARROW),
     ("tile read ahead is another's", "(i + splits) % met", "(i + splits + 1) % met", BLOCKS),
-    ("shift negated", "column + dx", "column - dx", BLOCKS),
+    ("shift negated", "column + x1", "column - x1", BLOCKS),
+    ("second tap is the first", "tl.minimum(t0 + 1,", "tl.minimum(t0,", BLOCKS),
+    ("third tap is the second", "tl.minimum(t0 + 2,", "tl.minimum(t0 + 1,", NARROW),
+    ("list of another group of taps", "(taps, TAPS) + group)", "(taps, TAPS))", NARROW),
+    ("list of another block", "block * tl.cdiv", "0 * tl.cdiv", NARROW),
     ("mask off by one", "(n < outs)", "(n < outs - 1)", BLOCKS),
     ("first block of inputs again", "// n_blocks % c_blocks * BC", "// n_blocks % c_blocks * 0", BLOCKS),
 )

@@ -94,7 +94,7 @@ class Launch:
         """The kernel and the constants that are not sizes of tiles."""
         named = {self.kernel.arg_names[i]: v for i, v in self.constants}
         flags = [k for k in ("CHANNELS_LAST", "UNIFORM", "DIVIDE", "WEIGHTED", "BIG", "TURN") if named.get(k)]
-        sizes = [f"{k}{named[k]}" for k in ("BB", "BH", "BW", "BM", "BN", "BC", "BK", "UNROLL") if k in named]
+        sizes = [f"{k}{named[k]}" for k in ("BB", "BH", "BW", "BM", "BN", "BC", "BK", "TAPS", "UNROLL") if k in named]
         return " ".join([self.kernel.__name__, *flags, *sizes])
 
     @property
@@ -109,7 +109,7 @@ class Launch:
         pixels = named["BB"] * named["BH"] * named["BW"]
         other = named["BC"] * named["BN"] if self.kernel.__name__ == "product" else pixels * named["BN"]
         width = 4 if "fp32[" in dict(self.signature)["x"] else 2
-        return (pixels * named["BC"] + other) * width
+        return (pixels * named["BC"] * named.get("TAPS", 1) + other) * width
 
     @property
     def stages(self) -> int:

@@ -107,22 +107,24 @@ def test_the_steps_of_the_transpose_send_every_output_back(problem: Any) -> None
         assert (found == wanted).all()
 
 
-@given(problems())
+@given(problems(), st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
-def test_a_weight_gradient_reads_the_tiles_whose_boxes_meet_the_image_and_no_others(problem: Any) -> None:
+def test_a_weight_gradient_reads_the_tiles_whose_boxes_meet_the_image_and_no_others(problem: Any, group: int) -> None:
     shifts, stride, (h, w), batch, pixels, _ = problem
     grid = boxes.cover(batch, h, w, pixels)
-    reads = boxes.make_reads(shifts, stride, (h, w), grid, WIDTH)
-    for entry, tap in enumerate(shifts.reshape(-1, 2)):
+    reads = boxes.make_reads(shifts, stride, (h, w), grid, WIDTH, group)
+    met: dict[tuple[int, int], set[int]] = {}
+    for entry, (block, tap) in enumerate(np.ndindex(shifts.shape[:2])):
         dy, dx, within, channel, _ = decoded(np.append(reads.shifts[entry], 0))
-        assert (stride[0] * dy + within, stride[1] * dx + channel // WIDTH) == tuple(tap)
-        start, stop = reads.spans[entry]
-        met = {
+        assert (stride[0] * dy + within, stride[1] * dx + channel // WIDTH) == tuple(shifts[block, tap])
+        met.setdefault((block, tap // group), set()).update(
             number
             for number, row, column, cells in tiles_of(grid)
             if any(0 <= row + j + dy < h and 0 <= column + k + dx < w for _, j, k in cells)
-        }
-        assert sorted(reads.tiles[start:stop]) == sorted(met)
+        )
+    assert len(reads.spans) == len(met)
+    for (start, stop), wanted in zip(reads.spans, met.values(), strict=True):
+        assert sorted(reads.tiles[start:stop]) == sorted(wanted)
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(1, 70), st.sampled_from((16, 64, 128, 256)))
@@ -149,6 +151,8 @@ def test_the_widest_block_of_equal_taps_is_found() -> None:
     for width, block in ((64, 64), (48, 16), (32, 32), (16, 16), (8, 0), (80, 16)):
         assert boxes.block_of(taps.repeat(width, axis=0)) == block
     assert boxes.block_of(taps[[0, 0, 1, 1]].repeat(32, axis=0)) == 64
+    assert boxes.block_of(taps[[0, 0, 1, 1]].repeat(64, axis=0)) == 128
+    assert boxes.block_of(taps[[0, 0, 0]].repeat(64, axis=0)) == 64  # a power of two
     uneven = taps.repeat([16, 48, 64, 64], axis=0)
     assert boxes.block_of(uneven) == 16
 
@@ -160,7 +164,7 @@ def test_configurations_fit_a_multiprocessor(name: str, numbers: str) -> None:
     for outs in (16, 64, 512):
         shape = configurations.Shape(name, numbers, 64, outs, 128, 784, outs)
         for c in configurations.candidates(shape):
-            step = c.pixels * (c.ins + c.outs) if name == "grad_weight" else c.ins * (c.pixels + c.outs)
+            step = c.pixels * (c.taps * c.ins + c.outs) if name == "grad_weight" else c.ins * (c.pixels + c.outs)
             assert step * width * (c.stages - 1) <= 227 * 1024, c
             assert min(c.outs, c.ins) >= 16 and c.pixels >= 16
 

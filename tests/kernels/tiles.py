@@ -31,11 +31,24 @@ OLD = (("BOXES", False),)  # also where the layer could be computed by boxes
 BOXES = {
     # 3 images of 7 × 9 in tiles of 16 pixels, 3 blocks of 16 inputs, 40 outputs in tiles of 32 and 8.
     "three blocks": Case(
-        rows=(0,) * 16 + (1,) * 16 + (2,) * 16, outs=40, kernel=(1, 3), batch=3, size=(7, 9), sizes=(16, 32, 16)
+        rows=(0,) * 16 + (1,) * 16 + (2,) * 16,
+        outs=40,
+        kernel=(1, 3),
+        batch=3,
+        size=(7, 9),
+        sizes=(16, 32, 16),
+        together=2,
     ),
     "steps of half a block": Case(rows=(0,) * 32 + (1,) * 32, outs=24, kernel=(1, 2), size=(9, 11), sizes=(32, 16, 16)),
     "window wider than the map": Case(
-        rows=(0,) * 16 + (1,) * 16, outs=20, kernel=(2, 2), batch=5, size=(5, 3), reach=8, sizes=(16, 16, 16)
+        rows=(0,) * 16 + (1,) * 16,
+        outs=20,
+        kernel=(2, 2),
+        batch=5,
+        size=(5, 3),
+        reach=8,
+        sizes=(16, 16, 16),
+        together=3,
     ),
     "depthwise by blocks": Case(
         rows=(0,) * 32 + (1,) * 64, outs=96, groups=96, kernel=(2, 2), batch=3, size=(9, 19), sizes=(32, 1, 32)
@@ -124,6 +137,7 @@ def drawn_blocks(seed: int) -> Case:
         dtype=dtype,
         layout=of.choice(("contiguous", "channels_last", "sliced", "transposed")),
         sizes=of.choice((None, sizes, sizes, sizes)),
+        together=of.choice((1, 2, 3)),
         boxes=True,
         seed=seed,
     )

@@ -63,51 +63,94 @@ def product(
 
 
 @jit
+def _shift_of(shifts, entry):
+    """Row, column, row within the stride and first channel of the box of one (block, tap)."""
+    shift = tl.load(shifts + 2 * entry)
+    place = tl.load(shifts + 2 * entry + 1)
+    return shift >> 16, (shift << 16) >> 16, place >> 24, place & 0xFFFFFF
+
+
+@jit
+def _add_product(
+    acc, x, grads, image, row, cell, column, channel,
+    PIXELS: tl.constexpr, BC: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Add to ``acc`` the product of a box of x, as pixels × channels, and of the gradients of the same pixels."""
+    values = tl.reshape(x.load([image, row, cell, column, channel]), (PIXELS, BC))
+    if WIDEN:
+        values = values.to(tl.float32)
+    if SWAP:
+        return tl.dot(tl.trans(grads), values, acc, input_precision=PRECISION)
+    return tl.dot(tl.trans(values), grads, acc, input_precision=PRECISION)
+
+
+@jit
 def weight_product(
     x, g, scratch, shifts, tiles, spans, n_blocks, c_blocks, column_tiles, image_tiles, ins, outs, taps, per_block,
-    BB: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    BB: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, TAPS: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``scratch[s, t, c, n] = Σ x[pixel + shift, c] · g[pixel, n]`` over the s-th part of the tiles that tap t meets.
 
-    Grid: (taps × blocks of inputs × blocks of outputs, parts). The parts are added up by a second pass, in order.
-    With ``SWAP`` the transpose is computed: the tensor cores of 9.0 want 64 rows or more.
+    A program computes ``TAPS`` taps, 1 to 3, that share the gradients it loads; ``spans`` are of such groups of taps.
+    Where a block has fewer left, its last tap is computed more than once, and the same numbers written.
+    Grid: (groups of taps × blocks of inputs × blocks of outputs, parts). The parts are added up by a second pass, in
+    order. With ``SWAP`` the transpose is computed: the tensor cores of 9.0 want 64 rows or more.
     """
     program = tl.program_id(0)
     n0 = program % n_blocks * BN
     c0 = program // n_blocks % c_blocks * BC
-    t = program // (n_blocks * c_blocks)
+    group = program // (n_blocks * c_blocks)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
-    entry = c0 // per_block * taps + t
-    shift = tl.load(shifts + 2 * entry)
-    place = tl.load(shifts + 2 * entry + 1)
-    dy = shift >> 16
-    dx = (shift << 16) >> 16
-    start = tl.load(spans + 2 * entry)
-    met = tl.load(spans + 2 * entry + 1) - start
-    acc = tl.zeros((BN, BC), dtype=tl.float32) if SWAP else tl.zeros((BC, BN), dtype=tl.float32)
+    block = c0 // per_block
+    t0 = group * TAPS
+    t1 = tl.minimum(t0 + 1, taps - 1)
+    t2 = tl.minimum(t0 + 2, taps - 1)
+    y0, x0, cell0, at0 = _shift_of(shifts, block * taps + t0)
+    y1, x1, cell1, at1 = _shift_of(shifts, block * taps + t1)
+    y2, x2, cell2, at2 = _shift_of(shifts, block * taps + t2)
+    span = spans + 2 * (block * tl.cdiv(taps, TAPS) + group)
+    start = tl.load(span)
+    met = tl.load(span + 1) - start
+    ROWS: tl.constexpr = BN if SWAP else BC
+    COLUMNS: tl.constexpr = BC if SWAP else BN
+    a0 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if TAPS > 1:
+        a1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if TAPS > 2:
+        a2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    PIXELS: tl.constexpr = BB * BH * BW
     tile = tl.load(tiles + start + split % tl.maximum(met, 1))
     for i in range(split, met * image_tiles, splits):
         row = tile // column_tiles * BH
         column = tile % column_tiles * BW
         image = i // met * BB
-        box = x.load([image, row + dy, place >> 24, column + dx, (place & 0xFFFFFF) + c0])
-        values = tl.reshape(box, (BB * BH * BW, BC))
-        grads = tl.reshape(g.load([image, row, 0, column, n0]), (BB * BH * BW, BN))
+        grads = tl.reshape(g.load([image, row, 0, column, n0]), (PIXELS, BN))
         tile = tl.load(tiles + start + (i + splits) % met)
         if WIDEN:
-            values = values.to(tl.float32)
             grads = grads.to(tl.float32)
-        if SWAP:
-            acc = tl.dot(tl.trans(grads), values, acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(tl.trans(values), grads, acc, input_precision=PRECISION)
+        a0 = _add_product(
+            a0, x, grads, image, row + y0, cell0, column + x0, at0 + c0, PIXELS, BC, SWAP, PRECISION, WIDEN
+        )
+        if TAPS > 1:
+            a1 = _add_product(
+                a1, x, grads, image, row + y1, cell1, column + x1, at1 + c0, PIXELS, BC, SWAP, PRECISION, WIDEN
+            )
+        if TAPS > 2:
+            a2 = _add_product(
+                a2, x, grads, image, row + y2, cell2, column + x2, at2 + c0, PIXELS, BC, SWAP, PRECISION, WIDEN
+            )
     c = c0 + tl.arange(0, BC)
     n = n0 + tl.arange(0, BN)
-    to = ((split * taps + t) * ins + c).to(tl.int64)[:, None] * outs + n[None, :]
-    total = tl.trans(acc) if SWAP else acc
-    tl.store(scratch + to, total, mask=(c < ins)[:, None] & (n < outs)[None, :])
+    inside = (c < ins)[:, None] & (n < outs)[None, :]
+    to = scratch + (split * taps * ins + c).to(tl.int64)[:, None] * outs + n[None, :]
+    step = tl.cast(ins, tl.int64) * outs
+    tl.store(to + t0 * step, tl.trans(a0) if SWAP else a0, mask=inside)
+    if TAPS > 1:
+        tl.store(to + t1 * step, tl.trans(a1) if SWAP else a1, mask=inside)
+    if TAPS > 2:
+        tl.store(to + t2 * step, tl.trans(a2) if SWAP else a2, mask=inside)
 
 
 @jit

@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
-WIDTHS = (64, 32, 16)  # channels of a block that share their taps, best first; a tensor core takes 16 at least
+WIDTHS = (
+    256,
+    128,
+    64,
+    32,
+    16,
+)  # channels of a block that share their taps, best first; a tensor core takes 16 at least
 FURTHEST = 1 << 15  # taps are packed into 16 bits an axis
 
 
@@ -199,23 +205,29 @@ def make_steps(
 
 
 class Reads(NamedTuple):
-    """What a weight gradient reads: of each (block, tap) the shift, as in `Steps`, and the tiles that it meets."""
+    """What a weight gradient reads: of each (block, tap) the shift, as in `Steps`; the tiles a group of taps meets."""
 
     shifts: np.ndarray[Any, np.dtype[np.int32]]  # (blocks · taps, 2)
     tiles: np.ndarray[Any, np.dtype[np.int32]]
-    spans: np.ndarray[Any, np.dtype[np.int32]]  # (blocks · taps, 2): first and last + 1 of its ``tiles``
+    spans: np.ndarray[Any, np.dtype[np.int32]]  # (blocks · groups, 2): first and last + 1 of its ``tiles``
 
 
 def make_reads(
-    shifts: np.ndarray[Any, Any], stride: Sequence[int], size: Sequence[int], grid: Grid, channels: int
+    shifts: np.ndarray[Any, Any], stride: Sequence[int], size: Sequence[int], grid: Grid, channels: int, together: int
 ) -> Reads:
-    """List what each tap of each block of channels reads; arguments as in `make_steps`."""
+    """List what each tap of each block of channels reads; arguments as in `make_steps`.
+
+    ``together`` neighbouring taps are a group, the last of a block may be a smaller one; it meets what one of them
+    meets.
+    """
     flat = np.asarray(shifts, np.int64).reshape(-1, 2)
     _, cell, within = _taps_of_part(flat, stride, (0, 0), False)
     y = _touches(cell[:, 0], grid.rows, grid.tile.rows, size[0])
     x = _touches(cell[:, 1], grid.columns, grid.tile.columns, size[1])
-    live = (y[:, :, None] & x[:, None, :]).reshape(len(flat), grid.rows * grid.columns)
-    tiles, spans = _lists(np.arange(live.shape[1]), live, 0)
+    live = (y[:, :, None] & x[:, None, :]).reshape(len(shifts), -1, grid.rows * grid.columns)
+    firsts = np.arange(0, live.shape[1], together)
+    met = np.logical_or.reduceat(live, firsts, axis=1).reshape(-1, live.shape[2])
+    tiles, spans = _lists(np.arange(met.shape[1]), met, 0)
     packed = np.stack([_pack(cell[:, 0], cell[:, 1], 16), _pack(within[:, 0], within[:, 1] * channels, 24)], 1)
     return Reads(packed.astype(np.uint32).view(np.int32), np.append(tiles, 0).astype(np.int32), spans.astype(np.int32))
 
@@ -229,5 +241,5 @@ def share_of_work(shifts: np.ndarray[Any, Any], batch: int, size: Sequence[int],
         0.33
     """
     grid = cover(batch, size[0], size[1], pixels)
-    live = make_reads(shifts, (1, 1), size, grid, 16).spans
+    live = make_reads(shifts, (1, 1), size, grid, 16, 1).spans
     return float((live[:, 1] - live[:, 0]).mean()) / (grid.rows * grid.columns)

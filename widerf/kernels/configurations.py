@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from widerf.kernels.boxes import ceil_div, power
@@ -40,6 +40,7 @@ class Configuration:
         warps: of a program.
         stages: steps that are under way at once.
         programs: into about how many programs a weight gradient is cut.
+        taps: of a program in a weight gradient, 1 to 3.
     """
 
     pixels: int
@@ -48,6 +49,7 @@ class Configuration:
     warps: int
     stages: int
     programs: int = 1056
+    taps: int = 1
 
 
 # For at most so many outputs, or any number (0).
@@ -81,11 +83,11 @@ def fit(shape: Shape, wanted: Configuration) -> Configuration:
 
     Example:
         >>> fit(Shape("forward", "16-bit", 32, 48, 1, 49, 48), Configuration(256, 128, 64, 8, 3))
-        Configuration(pixels=256, outs=64, ins=32, warps=8, stages=3, programs=1056)
+        Configuration(pixels=256, outs=64, ins=32, warps=8, stages=3, programs=1056, taps=1)
     """
     outs = max(LEAST, min(wanted.outs, power(shape.outs)))
     ins = max(LEAST, min(wanted.ins, power(shape.ins)))
-    return Configuration(wanted.pixels, outs, ins, wanted.warps, wanted.stages, wanted.programs)
+    return replace(wanted, outs=outs, ins=ins)
 
 
 def _programs(shape: Shape, c: Configuration) -> int:
@@ -97,14 +99,14 @@ def from_table(shape: Shape) -> Configuration:
 
     Example:
         >>> from_table(Shape("forward", "16-bit", 64, 256, 128, 196, 256))
-        Configuration(pixels=128, outs=128, ins=64, warps=4, stages=4, programs=1056)
+        Configuration(pixels=128, outs=128, ins=64, warps=4, stages=4, programs=1056, taps=1)
     """
     if shape.map in DEPTHWISE:
         return fit(shape, DEPTHWISE[shape.map])
     rows = TABLE[shape.map, shape.numbers]
     c = fit(shape, next(c for most, c in rows if shape.outs <= most or not most))
     while shape.map != "grad_weight" and _programs(shape, c) < PROCESSORS and c.pixels > 64:
-        c = Configuration(c.pixels // 2, c.outs, c.ins, min(c.warps, 4), c.stages, c.programs)
+        c = replace(c, pixels=c.pixels // 2, warps=min(c.warps, 4))
     return c
 
 

@@ -106,9 +106,15 @@ def _steps(
 
 @functools.lru_cache(maxsize=1024)
 def _reads(
-    shifts: Shifts, stride: Sequence[int], size: Sequence[int], grid: Grid, channels: int, where: torch.device
+    shifts: Shifts,
+    stride: Sequence[int],
+    size: Sequence[int],
+    grid: Grid,
+    channels: int,
+    together: int,
+    where: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = boxes.make_reads(shifts.by_block, stride, size, grid, channels)
+    found = boxes.make_reads(shifts.by_block, stride, size, grid, channels, together)
     return _put(found.shifts, where), _put(found.tiles, where), _put(found.spans, where)
 
 
@@ -222,16 +228,16 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Shifts, stride: Sequence[int]
     c = configurations.choose(shape)
     grid = boxes.cover(g.shape[0], g.shape[2], g.shape[3], c.pixels)
     read = tuple(n // s for n, s in zip(x.shape[2:], stride, strict=True))
-    tables = _reads(shifts, tuple(stride), read, grid, ins, x.device)
+    tables = _reads(shifts, tuple(stride), read, grid, ins, c.taps, x.device)
     tile, n_blocks, c_blocks = grid.tile, ceil_div(outs, c.outs), ceil_div(ins, c.ins)
-    programs = n_blocks * c_blocks * taps
+    programs = n_blocks * c_blocks * ceil_div(taps, c.taps)
     splits = _splits(grid.count, programs, c.programs, taps * ins * outs)
     scratch = x.new_empty(splits, taps, ins, outs, dtype=torch.float32)
     device.launch(
         _kernels().weight_product, (programs, splits), x,
         _image(x, stride, (*tile, c.ins)), _image(g, (1, 1), (*tile, c.outs)), scratch, *tables,
         n_blocks, c_blocks, grid.columns, grid.images, ins, outs, taps, shifts.block,
-        BB=tile.images, BH=tile.rows, BW=tile.columns, BC=c.ins, BN=c.outs, SWAP=c.ins < 64 <= c.outs,
+        BB=tile.images, BH=tile.rows, BW=tile.columns, BC=c.ins, BN=c.outs, TAPS=c.taps, SWAP=c.ins < 64 <= c.outs,
         PRECISION=device.precision(x.dtype), WIDEN=device.interpreted(), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return scratch.sum(0).permute(2, 1, 0).to(x.dtype).contiguous()
