@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from experiments.gpu import layers, race
+from experiments.gpu import layers, race, sweep, uses
 from experiments.gpu.page import page
 from experiments.harness.device import machine, pick_device
 from experiments.harness.inputs import InputError
@@ -43,7 +43,7 @@ class Run:
     def say(self, row: Record) -> None:
         """Write a row and show it."""
         self.ledger.append({"part": "", "heat": "", "arm": ""} | row)
-        shown = {k: v for k, v in row.items() if k not in ("case", "errors", "why")}
+        shown = {k: v for k, v in row.items() if k not in ("case", "errors", "why", "times", "shape")}
         print(
             "  ".join(f"{k} {v}" if k not in ("part", "heat", "arm") else str(v) for k, v in shown.items()), flush=True
         )
@@ -60,20 +60,37 @@ class Run:
             self.say(row | {"failed": f"{type(error).__name__}: {error}"[:300]})
 
 
-def check_layers(run: Run, count: int, device: str, small: bool, seconds: float, workers: int) -> None:
-    """Check layers against float64 in several processes: compiling their kernels is what takes the time."""
-    cases = [layers.draw(seed, small) for seed in range(count)]
+def _tasks(count: int, device: str, small: bool) -> list[tuple[Record, Callable[..., Any], tuple[Any, ...]]]:
+    """Return (row, function, arguments) of what is done in several processes: compiling is what takes the time."""
+    found: list[tuple[Record, Callable[..., Any], tuple[Any, ...]]] = []
+    if device != "cpu":
+        for index, heat in enumerate(race.heats(small)):
+            ours = [name for name, _ in heat.arms if not name.startswith(("dense", "dilated", "deform"))]
+            found += [
+                ({"part": "warm", "heat": heat.name, "arm": a}, race.warm, (index, a, device, small)) for a in ours
+            ]
+        for index, layer in enumerate(sweep.layers(small)):
+            found.append(({"part": "warm", "heat": layer.name}, sweep.warm, (index, device, small)))
+    for seed in range(count):
+        case = layers.draw(seed, small)
+        found.append(({"part": "layer", "heat": str(seed), "case": case}, layers.check, (case, device)))
+    return found
+
+
+def prepare(run: Run, count: int, device: str, small: bool, seconds: float, workers: int) -> None:
+    """Check layers against float64, and compile what will be timed, in several processes at once."""
     until = time.monotonic() + seconds
     done = 0
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    pending = {pool.submit(layers.check, case, device): case for case in cases}
+    pending = {pool.submit(task, *given): row for row, task, given in _tasks(count, device, small)}
     try:
         for future in as_completed(pending, timeout=max(1.0, until - time.monotonic())):
-            case = pending[future]
-            row: Record = {"part": "layer", "heat": str(case["seed"]), "case": case}
-            error = future.exception()
-            run.say(row | (future.result() if error is None else {"right": False, "failed": repr(error)[:300]}))
-            done += 1
+            row, error = pending[future], future.exception()
+            if row["part"] == "layer":
+                run.say(row | (future.result() if error is None else {"right": False, "failed": repr(error)[:300]}))
+                done += 1
+            elif error is not None:
+                run.say(row | {"failed": repr(error)[:300]})
     except LateError:
         pass
     finally:
@@ -82,18 +99,22 @@ def check_layers(run: Run, count: int, device: str, small: bool, seconds: float,
         run.say({"part": "layer", "heat": "rest", "left out": f"{count - done} of {count} layers: no time"})
 
 
-def kernels(device: torch.device, out: Path, seconds: float, small: bool, count: int) -> Path:
+def kernels(device: torch.device, out: Path, seconds: float, small: bool, count: int, tune: bool) -> Path:
     """Check and race; return the path of the page."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     stem = "gpu-" + re.sub(r"\W+", "-", name.lower()).strip("-")
     run = Run(out / f"{stem}.jsonl", seconds)
     run.say({"part": "machine", "small": small, "seconds": seconds, "name": name} | machine(device))
-    workers = 1 if small else max(1, min(8, (os.cpu_count() or 2) // 2))
-    check_layers(run, count, str(device), small, SHARE * seconds, workers)
-    timed = 0.0 if small else 0.04
+    workers = 1 if small else max(1, min(16, os.cpu_count() or 2))
+    prepare(run, count, str(device), small, SHARE * seconds, workers)
+    run.attempt({"part": "use", "heat": "all"}, 0 if small else 10, lambda: uses.check(device))
+    timed = 0.0 if small else 0.03
     for heat in race.heats(small):
         row = {"part": heat.part, "heat": heat.name}
         run.attempt(row, 0 if small else 10, lambda heat=heat: race.run(heat, device, timed))  # type: ignore[misc]
+    for layer in sweep.layers(small) if tune else ():
+        row = {"part": "sweep", "heat": layer.name}
+        run.attempt(row, 0 if small else 10, lambda layer=layer: sweep.run(layer, device, timed))  # type: ignore[misc]
     for model, batch, side, compiled in race.networks(small):
         row = {"part": "network", "heat": f"{model}, {batch}×3@{side}²", "arm": "compiled" if compiled else "eager"}
         network: Any = (model, batch, side, compiled, device, 5 * timed)
@@ -111,6 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=285.0, help="for all of it; what does not fit is named")
     parser.add_argument("--layers", type=int, help=f"how many layers are drawn; default {LAYERS}, 6 with --small")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure the candidates of the table of configurations, too"
+    )
     parser.add_argument("--small", action="store_true", help="tiny shapes: does the command work, on any device?")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the page")
     options = parser.parse_args(arguments)
@@ -120,4 +144,4 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type != "cuda" and not options.small:
         raise InputError(f"--device must be a CUDA device without --small, got {options.device!r}")
     count = options.layers if options.layers is not None else 6 if options.small else LAYERS
-    print(f"wrote {kernels(device, options.out, options.seconds, options.small, count)}")
+    print(f"wrote {kernels(device, options.out, options.seconds, options.small, count, options.tune)}")

@@ -134,11 +134,18 @@ def heats(small: bool) -> list[Heat]:
     ]
 
 
-def microseconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the median time of a call: warm, on the device's own clock where it is a GPU."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
+def microseconds(call: Callable[[], object], device: torch.device, seconds: float, graph: bool = False) -> float:
+    """Return the median time of a call: warm, on the device's own clock where it is a GPU.
 
+    With ``graph`` a GPU replays calls that were captured: what the kernels take, without the launches.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        if graph:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                return float(do_bench_cudagraph(call, rep=int(1e3 * seconds), return_mode="median")) * 1e3
         return float(do_bench(call, warmup=10, rep=int(1e3 * seconds), return_mode="median")) * 1e3
     call()
     times = []
@@ -149,20 +156,26 @@ def microseconds(call: Callable[[], object], device: torch.device, seconds: floa
     return sorted(times)[1] * 1e6
 
 
-def time_module(module: nn.Module, x: Tensor, seconds: float) -> Record:
-    """Return microseconds of a forward pass and of forward and backward, and the bytes that the latter adds."""
+def steps_of(module: nn.Module, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return what computes a forward pass, and forward and backward."""
     x = x.detach().requires_grad_()
     wanted = [x, *module.parameters()]
     with torch.no_grad():
         up = torch.randn_like(module(x))
 
-    def both() -> None:
-        torch.autograd.grad(module(x), wanted, up, allow_unused=True)
+    def both() -> object:
+        return torch.autograd.grad(module(x), wanted, up, allow_unused=True)
 
-    def forward() -> None:
+    def forward() -> object:
         with torch.no_grad():
-            module(x)
+            return module(x)
 
+    return forward, both
+
+
+def time_module(module: nn.Module, x: Tensor, seconds: float) -> Record:
+    """Return microseconds of a forward pass and of both passes, replayed and launched one by one, and added bytes."""
+    forward, both = steps_of(module, x)
     row: Record = {}
     if x.is_cuda:
         both()
@@ -171,17 +184,31 @@ def time_module(module: nn.Module, x: Tensor, seconds: float) -> Record:
         torch.cuda.reset_peak_memory_stats()
         both()
         row["bytes"] = torch.cuda.max_memory_allocated() - before
-    row["forward"] = round(microseconds(forward, x.device, seconds), 1)
-    row["both"] = round(microseconds(both, x.device, seconds), 1)
+    for name, call in (("forward", forward), ("both", both)):
+        row[name] = round(microseconds(call, x.device, seconds, graph=True), 1)
+        row[f"eager {name}"] = round(microseconds(call, x.device, seconds), 1)
     return row
+
+
+def _input(heat: Heat, device: torch.device) -> tuple[Tensor, torch.memory_format]:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True  # the rivals choose their fastest kernel, too
+    b, c, n = heat.shape
+    form = torch.channels_last if heat.channels_last else torch.contiguous_format
+    return torch.randn(b, c, n, n).to(device, heat.dtype, memory_format=form), form
+
+
+def warm(index: int, arm: str, device: str, small: bool) -> None:
+    """Compile what an arm of a heat needs, where another process finds it: one training step."""
+    heat = heats(small)[index]
+    x, form = _input(heat, torch.device(device))
+    module: Any = dict(heat.arms)[arm]().to(x.device, heat.dtype, memory_format=form)
+    steps_of(module, x)[1]()
 
 
 def run(heat: Heat, device: torch.device, seconds: float) -> Iterator[Record]:
     """Yield a row for each arm; an arm that cannot run says why instead of times."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    b, c, n = heat.shape
-    form = torch.channels_last if heat.channels_last else torch.contiguous_format
-    x = torch.randn(b, c, n, n).to(device, heat.dtype, memory_format=form)
+    x, form = _input(heat, device)
     first: Record = {}
     for name, build in heat.arms:
         row: Record = {"part": heat.part, "heat": heat.name, "arm": name}
@@ -198,7 +225,7 @@ def run(heat: Heat, device: torch.device, seconds: float) -> Iterator[Record]:
             yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
             continue
         first = first or row
-        timed = [key for key in ("forward", "both", "bytes") if key in row]
+        timed = [key for key in ("forward", "both", "eager forward", "eager both", "bytes") if key in row]
         yield row | {f"{key} ratio": round(row[key] / first[key], 3) for key in timed}
 
 

@@ -58,6 +58,7 @@ DEPTHWISE_WEIGHT = (
 )
 BLOCKS, STRIDED, NARROW = "three blocks, sliced", "three blocks, strided", "window wider than the map, sliced"
 PARTS = "three blocks, strided channels_last"
+BORDER, BORDERED = "depthwise with a border, sliced", "depthwise with a border, strided channels_last"
 BY_BLOCKS, HALVES = "depthwise by blocks, channels_last", "depthwise, half a block a program, sliced"
 
 BOX_PRODUCT = (
@@ -85,7 +86,8 @@ BOX_WEIGHT = (
     ("first block of inputs again", "// n_blocks % c_blocks * BC", "// n_blocks % c_blocks * 0", BLOCKS),
 )
 BOX_DEPTHWISE = (
-    ("shift negated", "row * stride_y + tl", "row * stride_y - tl", BY_BLOCKS),
+    ("shift negated", "row * stride_y + dy", "row * stride_y - dy", BY_BLOCKS),
+    ("shift into the border negated", "(dy * row_step", "(-dy * row_step", BORDER),
     ("mask of rows off by one", "row < out_height", "row < out_height - 1", BY_BLOCKS),
     ("taps of the first block", "c0 // per_block * taps", "0 * taps", BY_BLOCKS),
     ("first block of channels again", "program % c_blocks * BC", "program % c_blocks * 0", BY_BLOCKS),
@@ -95,11 +97,13 @@ BOX_SHIFTED = (
     ("mask dropped before", "(column >= 0)", "(column >= -1)", BY_BLOCKS),
     ("mask dropped behind", "(column < width)", "(column < width + 1)", HALVES),
 )
+BOX_WITHIN = (("stride lost", "out_width - 1) * stride_x", "out_width - 1)", BORDERED),)
 BOX_DEPTHWISE_WEIGHT = (
     ("chunk starts off by one tile", "range(tl.program_id(1),", "range(tl.program_id(1) + 1,", BY_BLOCKS),
     ("chunk ends off by one tile", "tiles, tl.num", "tiles - 1, tl.num", BY_BLOCKS),
     ("shift negated", "u + x2", "u - x2", BY_BLOCKS),
     ("mask dropped", "(column < out_width)", "(column < out_width + 1)", HALVES),
+    ("shift into the border negated", "(y1 * row_step", "(-y1 * row_step", BORDER),
     ("third tap is the second", "tl.minimum(t0 + 2,", "tl.minimum(t0 + 1,", HALVES),
     ("first block of channels again", "c0 = program % c_blocks * BC", "c0 = program % c_blocks * 0", BY_BLOCKS),
 )  # fmt: skip
@@ -112,6 +116,7 @@ FAULTS = {
     "weight_product": BOX_WEIGHT,
     "depthwise_sum": BOX_DEPTHWISE,
     "_shifted": BOX_SHIFTED,
+    "_within": BOX_WITHIN,
     "depthwise_weight": BOX_DEPTHWISE_WEIGHT,
 }
 MUTANTS = [Mutant(kernel, *fault) for kernel, faults in FAULTS.items() for fault in faults]

@@ -56,6 +56,16 @@ BOXES = {
     "depthwise, half a block a program": Case(
         rows=(0,) * 32 + (1,) * 32, outs=64, groups=64, kernel=(1, 5), size=(5, 21), sizes=(16, 1, 16)
     ),
+    "depthwise with a border": Case(
+        rows=(0,) * 16 + (1,) * 16,
+        outs=32,
+        groups=32,
+        kernel=(2, 2),
+        batch=3,
+        size=(7, 19),
+        sizes=(32, 1, 16),
+        padded=True,
+    ),
 }
 FORMS: dict[str, dict[str, Any]] = {
     "sliced": {"layout": "sliced"},
@@ -92,6 +102,8 @@ FAST = (
     "depthwise by blocks, strided",
     "depthwise, half a block a program, sliced",
     "depthwise, half a block a program, float16, channels_last",
+    "depthwise with a border, sliced",
+    "depthwise with a border, strided channels_last",
 )
 
 
@@ -138,6 +150,7 @@ def drawn_blocks(seed: int) -> Case:
         layout=of.choice(("contiguous", "channels_last", "sliced", "transposed")),
         sizes=of.choice((None, sizes, sizes, sizes)),
         together=of.choice((1, 2, 3)),
+        padded=of.random() < 0.5,
         boxes=True,
         seed=seed,
     )

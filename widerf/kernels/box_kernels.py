@@ -178,14 +178,24 @@ def _shifted(
 
 
 @jit
+def _within(x, channels, row, column, out_height, out_width, stride_y, stride_x, row_step, column_step):
+    """Addresses of the channels of strided pixels; pixels beyond the map are its last row and column."""
+    v = tl.minimum(row, out_height - 1) * stride_y
+    u = tl.minimum(column, out_width - 1) * stride_x
+    return x + (v * row_step + u * column_step)[:, None] + channels[None, :]
+
+
+@jit
 def depthwise_sum(
     x, w, y, shifts, c_blocks, column_tiles, row_tiles,
     height, width, out_height, out_width, channels, per_block, stride_y, stride_x, divisor_y, divisor_x, taps,
-    UNROLL: tl.constexpr, DIVIDE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    UNROLL: tl.constexpr, DIVIDE: tl.constexpr, PADDED: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``y[b, u, v, c] = Σ_t w[t, c] · x[b, (stride (u, v) + shifts[block of c, t]) / divisor, c]``, channels_last.
 
-    The loads of ``UNROLL`` taps, a divisor of their number, are under way at once.
+    The loads of ``UNROLL`` taps, a divisor of their number, are under way at once. With ``PADDED`` x has a border wide
+    enough for all taps, and pixels of a tile beyond the map read what its last row and column do.
     """
     program = tl.program_id(0)
     c0 = program % c_blocks * BC
@@ -194,13 +204,19 @@ def depthwise_sum(
     source = x + image * height * width * channels
     acc = tl.zeros((BH * BW, BC), dtype=tl.float32)
     first = shifts + 2 * (c0 // per_block * taps)
+    row_step = width * channels
+    if PADDED:
+        at = _within(source, c, row, column, out_height, out_width, stride_y, stride_x, row_step, channels)
     for t0 in range(0, taps, UNROLL):
         for j in tl.static_range(UNROLL):
-            at_y = row * stride_y + tl.load(first + 2 * (t0 + j))
-            at_x = column * stride_x + tl.load(first + 2 * (t0 + j) + 1)
-            values = _shifted(
-                source, c, at_y, at_x, height, width, width * channels, channels, divisor_y, divisor_x, DIVIDE
-            )
+            dy = tl.load(first + 2 * (t0 + j))
+            dx = tl.load(first + 2 * (t0 + j) + 1)
+            if PADDED:
+                values = tl.load(at + (dy * row_step + dx * channels)).to(tl.float32)
+            else:
+                v = row * stride_y + dy
+                u = column * stride_x + dx
+                values = _shifted(source, c, v, u, height, width, row_step, channels, divisor_y, divisor_x, DIVIDE)
             acc += values * tl.load(w + (t0 + j) * channels + c).to(tl.float32)[None, :]
     to = y + image * out_height * out_width * channels + ((row * out_width + column) * channels)[:, None] + c[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=((row < out_height) & (column < out_width))[:, None])
@@ -210,11 +226,12 @@ def depthwise_sum(
 def depthwise_weight(
     x, g, scratch, shifts, c_blocks, tiles, column_tiles, row_tiles,
     height, width, out_height, out_width, channels, per_block, stride_y, stride_x, taps,
-    BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    PADDED: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``scratch[s, t, c] = Σ x[pixel + shift, c] · g[pixel, c]`` over the s-th part of the tiles, three taps a program.
 
     Products are kept for each pixel of a tile and folded once, at the end; three taps share a loaded gradient.
+    ``PADDED`` as in `depthwise_sum`.
     Grid: (blocks of channels × threes of taps, parts).
     """
     program = tl.program_id(0)
@@ -233,17 +250,24 @@ def depthwise_weight(
     a0 = tl.zeros((BH * BW, BC), dtype=tl.float32)
     a1 = tl.zeros((BH * BW, BC), dtype=tl.float32)
     a2 = tl.zeros((BH * BW, BC), dtype=tl.float32)
+    row_step = width * channels
     for i in range(tl.program_id(1), tiles, tl.num_programs(1)):
         row, column, image = _pixels(i, column_tiles, row_tiles, BH, BW)
         inside = ((row < out_height) & (column < out_width))[:, None]
         at = ((row * out_width + column) * channels)[:, None] + c[None, :]
         grads = tl.load(g + image * out_height * out_width * channels + at, mask=inside, other=0.0).to(tl.float32)
         source = x + image * height * width * channels
-        v = row * stride_y
-        u = column * stride_x
-        a0 += grads * _shifted(source, c, v + y0, u + x0, height, width, width * channels, channels, 1, 1, False)
-        a1 += grads * _shifted(source, c, v + y1, u + x1, height, width, width * channels, channels, 1, 1, False)
-        a2 += grads * _shifted(source, c, v + y2, u + x2, height, width, width * channels, channels, 1, 1, False)
+        if PADDED:
+            there = _within(source, c, row, column, out_height, out_width, stride_y, stride_x, row_step, channels)
+            a0 += grads * tl.load(there + (y0 * row_step + x0 * channels)).to(tl.float32)
+            a1 += grads * tl.load(there + (y1 * row_step + x1 * channels)).to(tl.float32)
+            a2 += grads * tl.load(there + (y2 * row_step + x2 * channels)).to(tl.float32)
+        else:
+            v = row * stride_y
+            u = column * stride_x
+            a0 += grads * _shifted(source, c, v + y0, u + x0, height, width, row_step, channels, 1, 1, False)
+            a1 += grads * _shifted(source, c, v + y1, u + x1, height, width, row_step, channels, 1, 1, False)
+            a2 += grads * _shifted(source, c, v + y2, u + x2, height, width, row_step, channels, 1, 1, False)
     to = scratch + tl.program_id(1) * taps * channels + c
     tl.store(to + t0 * channels, tl.sum(a0, axis=0))
     tl.store(to + t1 * channels, tl.sum(a1, axis=0), mask=(c >= 0) & (t0 + 1 < taps))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from widerf.kernels.boxes import ceil_div, power
 
 PROCESSORS = 132  # of an H100: fewer programs leave some idle
+SHARED = 227 * 1024  # bytes of a block
 LEAST = 16  # the narrowest side of a matrix product
 
 
@@ -41,6 +42,7 @@ class Configuration:
         stages: steps that are under way at once.
         programs: into about how many programs a weight gradient is cut.
         taps: of a program in a weight gradient, 1 to 3.
+        padded: whether a depthwise layer reads a copy of its image with a border, and needs no masks.
     """
 
     pixels: int
@@ -50,6 +52,7 @@ class Configuration:
     stages: int
     programs: int = 1056
     taps: int = 1
+    padded: bool = False
 
 
 # For at most so many outputs, or any number (0).
@@ -83,7 +86,7 @@ def fit(shape: Shape, wanted: Configuration) -> Configuration:
 
     Example:
         >>> fit(Shape("forward", "16-bit", 32, 48, 1, 49, 48), Configuration(256, 128, 64, 8, 3))
-        Configuration(pixels=256, outs=64, ins=32, warps=8, stages=3, programs=1056, taps=1)
+        Configuration(pixels=256, outs=64, ins=32, warps=8, stages=3, programs=1056, taps=1, padded=False)
     """
     outs = max(LEAST, min(wanted.outs, power(shape.outs)))
     ins = max(LEAST, min(wanted.ins, power(shape.ins)))
@@ -99,7 +102,7 @@ def from_table(shape: Shape) -> Configuration:
 
     Example:
         >>> from_table(Shape("forward", "16-bit", 64, 256, 128, 196, 256))
-        Configuration(pixels=128, outs=128, ins=64, warps=4, stages=4, programs=1056, taps=1)
+        Configuration(pixels=128, outs=128, ins=64, warps=4, stages=4, programs=1056, taps=1, padded=False)
     """
     if shape.map in DEPTHWISE:
         return fit(shape, DEPTHWISE[shape.map])
@@ -133,25 +136,52 @@ def remember(shape: Shape, found: Configuration) -> None:
     _measured[shape] = found
 
 
-# Worth measuring: (pixels, outs, ins, warps, stages).
+# Worth measuring: (pixels, outs, ins, warps, stages), and taps in a weight gradient.
 PRODUCTS = (
     (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 4),
     (256, 128, 64, 8, 3),
+    (256, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
     (256, 64, 64, 8, 3),
     (256, 64, 64, 8, 4),
+    (256, 64, 64, 4, 3),
     (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4),
 )
-WEIGHTS = ((64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 64, 4, 4))
+WEIGHTS = (
+    (64, 128, 64, 4, 4, 1),
+    (64, 256, 64, 8, 4, 1),
+    (128, 128, 64, 4, 3, 1),
+    (64, 64, 64, 4, 4, 1),
+    (64, 128, 64, 4, 4, 2),
+    (64, 256, 64, 8, 3, 2),
+    (64, 128, 64, 8, 3, 3),
+    (64, 128, 64, 8, 4, 3),
+    (64, 64, 64, 4, 4, 3),
+    (128, 64, 64, 8, 3, 3),
+)
 SUMS = ((32, 1, 32, 2, 3), (64, 1, 32, 4, 3), (64, 1, 64, 4, 3), (128, 1, 32, 4, 3), (128, 1, 32, 8, 3))
+SPLITS = (528, 1056, 2112)
 
 
 def candidates(shape: Shape) -> list[Configuration]:
     """Return configurations worth measuring for this shape, the table's first."""
-    sides = SUMS if shape.map in DEPTHWISE else WEIGHTS if shape.map == "grad_weight" else PRODUCTS
-    programs = (528, 1056, 2112) if shape.map in ("grad_weight", "depthwise_weight") else (1056,)
+    programs = SPLITS if shape.map in ("grad_weight", "depthwise_weight") else SPLITS[1:2]
     # float32 has twice the bytes: half of the channels a step.
-    half = 2 if shape.numbers != "16-bit" and shape.map not in DEPTHWISE else 1
-    tried = [Configuration(m, n, c // half, w, s, p) for m, n, c, w, s in sides for p in programs]
-    return list(dict.fromkeys([from_table(shape), *(fit(shape, c) for c in tried)]))
+    half = 2 if shape.numbers != "16-bit" else 1
+    if shape.map in DEPTHWISE:
+        tried = [Configuration(*sides, p, 1, padded) for sides in SUMS for p in programs for padded in (False, True)]
+    elif shape.map == "grad_weight":
+        tried = [Configuration(m, n, c // half, w, s, p, t) for m, n, c, w, s, t in WEIGHTS for p in programs]
+    else:
+        tried = [Configuration(m, n, c // half, w, s) for m, n, c, w, s in PRODUCTS]
+    fitting = (fit(shape, c) for c in tried)
+    return list(dict.fromkeys([from_table(shape), *(c for c in fitting if shape.map in DEPTHWISE or _held(shape, c))]))
+
+
+def _held(shape: Shape, c: Configuration) -> bool:
+    """Whether the steps that are under way fit the shared memory of a multiprocessor of 9.0."""
+    step = c.pixels * (c.taps * c.ins + c.outs) if shape.map == "grad_weight" else c.ins * (c.pixels + c.outs)
+    return step * (2 if shape.numbers == "16-bit" else 4) * (c.stages - 1) <= SHARED

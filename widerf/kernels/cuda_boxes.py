@@ -22,6 +22,7 @@ from widerf.kernels.cuda_tables import Shifts
 
 SCRATCH = 1 << 23  # float32 numbers of the parts of a weight gradient: 32 MiB
 UNROLL = 9  # most taps of a depthwise layer whose loads are under way at once: more of them spill registers
+COPY = 6  # times its pixels, at most, that a copy of an image with a border has
 NO_LIMIT = 1 << 30
 
 
@@ -119,8 +120,9 @@ def _reads(
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(shifts: Shifts, negated: bool, where: torch.device) -> Tensor:
-    return _put(-shifts.by_block if negated else shifts.by_block, where)
+def _table(shifts: Shifts, negated: bool, where: torch.device, moved: tuple[int, int] = (0, 0)) -> Tensor:
+    """Return the shifts of each block, (blocks, taps, 2); ``moved`` is the border before the image they read."""
+    return _put((-shifts.by_block if negated else shifts.by_block) + np.asarray(moved, np.int32), where)
 
 
 def product_shape(
@@ -167,6 +169,29 @@ def depthwise_shape(x: Tensor, block: int, y: Tensor, name: str) -> Shape:
     return Shape(name, _numbers(x), block, 1, y.shape[0], y.shape[2] * y.shape[3], y.shape[1])
 
 
+def _border(x: Tensor, shifts: Shifts, negated: bool, stride: Sequence[int], size: Sequence[int]) -> list[int]:
+    """Return how much a copy of x needs before and after each axis, (left, right, top, bottom), to hold all taps."""
+    low, high = shifts.reach
+    lowest, highest = ([-n for n in high], [-n for n in low]) if negated else (low, high)
+    before = [max(0, -n) for n in lowest]
+    last = [(n - 1) * s + far for n, s, far in zip(size, stride, highest, strict=True)]
+    after = [max(0, end - n + 1) for end, n in zip(last, x.shape[2:], strict=True)]
+    return [before[1], after[1], before[0], after[0]]
+
+
+def _bordered(x: Tensor, border: Sequence[int], shifts: Shifts, negated: bool) -> tuple[Tensor, Tensor]:
+    """Return a copy of x with this border, and the table of shifts into it."""
+    copy = F.pad(x, list(border)).contiguous(memory_format=torch.channels_last)
+    return copy, _table(shifts, negated, x.device, (border[2], border[0]))
+
+
+def _worth(x: Tensor, border: Sequence[int]) -> bool:
+    """Whether a copy with this border is no more than `COPY` times the image."""
+    left, right, top, bottom = border
+    height, width = x.shape[2:]
+    return (left + width + right) * (top + height + bottom) <= COPY * height * width
+
+
 def _depthwise(x: Tensor, weight: Tensor, y: Tensor, shifts: Shifts, stride: Sequence[int], transposed: bool) -> None:
     """Compute y of x, both dense; ``weight`` is (taps, channels)."""
     c = configurations.choose(depthwise_shape(x, shifts.block, y, "depthwise"))
@@ -174,11 +199,16 @@ def _depthwise(x: Tensor, weight: Tensor, y: Tensor, shifts: Shifts, stride: Seq
     blocks = ceil_div(x.shape[1], c.ins)
     columns, rows, taps = ceil_div(y.shape[3], width), ceil_div(y.shape[2], height), len(weight)
     steps, divisor = ((1, 1), tuple(stride)) if transposed else (tuple(stride), (1, 1))
+    table = _table(shifts, transposed, x.device)
+    border = _border(x, shifts, transposed, steps, y.shape[2:])
+    padded = c.padded and divisor == (1, 1) and _worth(x, border)
+    if padded:
+        x, table = _bordered(x, border, shifts, transposed)
     device.launch(
         _kernels().depthwise_sum, (blocks * columns * rows * x.shape[0],), x,
-        x, weight, y, _table(shifts, transposed, x.device), blocks, columns, rows,
+        x, weight, y, table, blocks, columns, rows,
         *x.shape[2:], *y.shape[2:], x.shape[1], shifts.block, *steps, *divisor, taps,
-        UNROLL=max(n for n in range(1, UNROLL + 1) if taps % n == 0), DIVIDE=divisor != (1, 1),
+        UNROLL=max(n for n in range(1, UNROLL + 1) if taps % n == 0), DIVIDE=divisor != (1, 1), PADDED=padded,
         BH=height, BW=width, BC=c.ins, num_warps=c.warps,
     )  # fmt: skip
 
@@ -251,10 +281,15 @@ def _depthwise_weight(x: Tensor, g: Tensor, shifts: Shifts, stride: Sequence[int
     tiles, programs = columns * rows * g.shape[0], blocks * ceil_div(taps, 3)
     splits = _splits(tiles, programs, c.programs, taps * channels)
     scratch = x.new_empty(splits, taps, channels, dtype=torch.float32)
+    table = _table(shifts, False, x.device)
+    border = _border(x, shifts, False, stride, g.shape[2:])
+    padded = c.padded and _worth(x, border)
+    if padded:
+        x, table = _bordered(x, border, shifts, False)
     device.launch(
         _kernels().depthwise_weight, (programs, splits), x,
-        x, g, scratch, _table(shifts, False, x.device), blocks, tiles, columns, rows,
+        x, g, scratch, table, blocks, tiles, columns, rows,
         *x.shape[2:], *g.shape[2:], channels, shifts.block, *stride, taps,
-        BH=height, BW=width, BC=c.ins, num_warps=c.warps,
+        PADDED=padded, BH=height, BW=width, BC=c.ins, num_warps=c.warps,
     )  # fmt: skip
     return scratch.sum(0).t().to(x.dtype).contiguous().view(channels, 1, taps)

@@ -46,6 +46,12 @@ class Shifts:
         """The integers of each block, (blocks, taps, 2)."""
         return self.table[:: self.block]
 
+    @functools.cached_property
+    def reach(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The least and the greatest shift of each axis."""
+        (y0, x0), (y1, x1) = self.table.min((0, 1)).tolist(), self.table.max((0, 1)).tolist()
+        return (y0, x0), (y1, x1)
+
 
 _read: Any = WeakIdKeyDictionary()  # shifts that were read, by the tensor that holds them: (its version, shifts)
 

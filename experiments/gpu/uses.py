@@ -1,0 +1,116 @@
+"""What people do with a layer beside calling it, held against the plain call: graphs, compilers, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.harness.runs import Record
+from widerf import SparseConv2d
+
+
+def _layer(device: torch.device, channels: int = 64, **options: Any) -> tuple[SparseConv2d, Tensor]:
+    torch.manual_seed(0)
+    layer = SparseConv2d(channels, channels, 3, padding=1, seed=0, **options).to(device)
+    x = torch.randn(2, channels, 14, 14).to(device, memory_format=torch.channels_last)
+    return layer, x.requires_grad_()
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.detach().double() - wanted.detach().double()).abs().max() / wanted.detach().abs().max())
+
+
+def graph_replay(device: torch.device) -> float:
+    """A training step captured and replayed on other numbers."""
+    layer, x = _layer(device)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+
+    if device.type != "cuda":
+        return 0.0
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    return max(_error(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def compiled(device: torch.device) -> float:
+    """A compiled layer, without a break of the graph."""
+    layer, x = _layer(device)
+    called: Any = torch.compile(layer, fullgraph=True)
+    wanted = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+    found = torch.autograd.grad(called(x).square().sum(), (x, layer.weight))
+    return max(_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def autocast(device: torch.device) -> float:
+    """Under autocast the layer computes in bf16, its gradients are float32."""
+    layer, x = _layer(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(x)
+    grads = torch.autograd.grad(y.float().square().sum(), (x, layer.weight))
+    assert y.dtype == torch.bfloat16 and {g.dtype for g in grads} == {torch.float32}
+    return _error(y, layer(x))
+
+
+def second_derivatives(device: torch.device) -> float:
+    """The gradient of a gradient's norm, against float64."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        layer, x = _layer(device)
+        layer, x = layer.to(dtype), x.detach().to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), layer.weight)[0])
+    return _error(*found)
+
+
+def memory_format(device: torch.device) -> float:
+    """What comes in channels_last leaves so, and the other way round."""
+    layer, x = _layer(device)
+    last = layer(x)
+    plain = layer(x.detach().contiguous())
+    assert last.is_contiguous(memory_format=torch.channels_last) and plain.is_contiguous()
+    return _error(last, plain)
+
+
+def depthwise_graph(device: torch.device) -> float:
+    """A depthwise layer against float64."""
+    layer, x = _layer(device, groups=64)
+    with torch.no_grad():
+        return _error(layer(x), layer.double()(x.double()))
+
+
+USES: dict[str, tuple[Callable[[torch.device], float], float]] = {
+    "CUDA graph": (graph_replay, 0.0),
+    "autocast": (autocast, 2**-6),
+    "second derivatives": (second_derivatives, 1e-5),
+    "memory format": (memory_format, 1e-6),
+    "depthwise": (depthwise_graph, 1e-6),
+    "torch.compile, one graph": (compiled, 1e-5),
+}
+
+
+def check(device: torch.device) -> Iterator[Record]:
+    """Yield a row for each use: its error and what is allowed."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for name, (use, bound) in USES.items():
+        row: Record = {"part": "use", "heat": name}
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                error = use(device)
+        except Exception as problem:  # every use gets its row
+            yield row | {"right": False, "why": f"{type(problem).__name__}: {problem}"[:300]}
+            continue
+        yield row | {"right": error <= bound, "error": error, "bound": bound}
