@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def do_part(runs: Iterable[Run], rows: Ledger, allowance: Allowance, device: tor
     Returns:
         How many runs were done, and how many are left.
     """
-    there = {(row["arm"], row["first_seed"]) for row in rows.rows() if "failed" not in row}
+    held = Counter((row["run"], row["first_seed"], row["of"]) for row in rows.rows() if "failed" not in row)
+    there = {(name, seed) for (name, seed, of), count in held.items() if count == of}
     missing = [run for run in runs if (run.arm, run.seed) not in there]
     for done, run in enumerate(missing):
         if not allowance.enough():
@@ -79,7 +81,8 @@ def do_part(runs: Iterable[Run], rows: Ledger, allowance: Allowance, device: tor
             except Exception as error:
                 records = [{"seed": run.seed, "failed": f"{type(error).__name__}: {error}"[:300]}]
         for record in records:
-            rows.append({"arm": run.arm, "first_seed": run.seed, **record, **machine(device)})
+            about = {"arm": run.arm, "run": run.arm, "first_seed": run.seed, "of": len(records)}
+            rows.append({**about, **record, **machine(device)})
         print(f"{run.arm}, from seed {run.seed}: {len(records)} rows, {allowance.left():.0f} s left", flush=True)
     return len(missing), 0
 
@@ -103,11 +106,12 @@ def main(arguments: list[str] | None = None) -> None:
     allowance, device = Allowance(60 * options.minutes), pick_device(options.device)
     if device.type != "cuda" and not options.small:
         raise InputError(f"--device must be a CUDA device without --small, got {str(device)!r}")
+    torch.backends.cudnn.benchmark = True
     part = names[options.part - 1]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "small"
     stem = re.sub(r"\W+", "-", card.lower()).strip("-")
-    rows = Ledger(options.out / f"evidence-{stem}-{part}.jsonl", ("arm", "seed"))
-    runs = PARTS[part](device, Size(options.small), options.data_dir)
+    rows = Ledger(options.out / f"evidence-{stem}-{part}.jsonl", ("run", "arm", "seed"))
+    runs = PARTS[part](device, Size(options.small), options.data_dir, rows.rows)
     done, left = do_part(runs, rows, allowance, device)
     print(f"{part}: {done} runs done, {left} left; the same command goes on from here. Rows: {rows.path}")
 

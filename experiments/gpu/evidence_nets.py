@@ -34,23 +34,24 @@ class Upsample(nn.Module):
         return nn.functional.interpolate(x.float(), scale_factor=self.factor, mode="bilinear", align_corners=False)
 
 
-def _block(conv: Conv, inner: int, outer: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+def block(conv: Conv, inner: int, outer: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution without bias, batch norm and ReLU."""
     layer = conv(inner, outer, kernel, stride=stride, padding=kernel // 2, bias=False)
     return [layer, nn.BatchNorm2d(outer), nn.ReLU()]
 
 
 def _two(conv: Conv, width: int) -> nn.Module:
-    return Residual(nn.Sequential(*_block(conv, width, width), *_block(conv, width, width)[:-1]))
+    return Residual(nn.Sequential(*block(conv, width, width), *block(conv, width, width)[:-1]))
 
 
 def resnet9(width: int = 64, kernel: int = 3) -> Callable[[Conv], nn.Sequential]:
     """Three scales with a residual pair at two of them; meant to pass 90 % on CIFAR-10 in fifteen epochs."""
 
     def network(conv: Conv) -> nn.Sequential:
-        layers = [*_block(conv, 3, width, kernel), *_block(conv, width, 2 * width, kernel), nn.MaxPool2d(2)]
-        layers += [_two(conv, 2 * width), *_block(conv, 2 * width, 4 * width, kernel), nn.MaxPool2d(2)]
+        layers = [*block(conv, 3, width, kernel), *block(conv, width, 2 * width, kernel), nn.MaxPool2d(2)]
+        layers += [_two(conv, 2 * width), *block(conv, 2 * width, 4 * width, kernel), nn.MaxPool2d(2)]
         layers += [_two(conv, 4 * width)]
-        return named(nn.Sequential(*layers), _classifier(4 * width))
+        return named(nn.Sequential(*layers), classifier(4 * width))
 
     return network
 
@@ -59,13 +60,14 @@ def paper17(width: int = 32) -> Callable[[Conv], nn.Sequential]:
     """Build the paper's residual network for CIFAR-10 (Luo et al. 2016, § 3): 17 blocks, no down-sampling."""
 
     def network(conv: Conv) -> nn.Sequential:
-        layers = [*_block(conv, 3, width), *(_two(conv, width) for _ in range(17))]
-        return named(nn.Sequential(*layers), _classifier(width))
+        layers = [*block(conv, 3, width), *(_two(conv, width) for _ in range(17))]
+        return named(nn.Sequential(*layers), classifier(width))
 
     return network
 
 
-def _classifier(width: int) -> nn.Module:
+def classifier(width: int) -> nn.Module:
+    """Return global average pooling and a linear layer to ten classes."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
@@ -73,7 +75,7 @@ def segmenter(width: int = 64, blocks: int = 8, classes: int = 11) -> Callable[[
     """Two strides of 2, residual blocks of two 3×3 layers, a 1×1 readout enlarged four times."""
 
     def network(conv: Conv) -> nn.Sequential:
-        stem = [*_block(nn.Conv2d, 3, width // 2, stride=2), *_block(nn.Conv2d, width // 2, width, stride=2)]
+        stem = [*block(nn.Conv2d, 3, width // 2, stride=2), *block(nn.Conv2d, width // 2, width, stride=2)]
         features = nn.Sequential(*stem, *(_two(conv, width) for _ in range(blocks)))
         return named(features, nn.Sequential(nn.Conv2d(width, classes, 1), Upsample(4)))
 
@@ -84,7 +86,7 @@ def depthwise(width: int = 96, blocks: int = 8, kernel: int = 7, classes: int = 
     """As :func:`segmenter`, with blocks of one depthwise layer of ``kernel``² taps and two 1×1 layers."""
 
     def network(conv: Conv) -> nn.Sequential:
-        layers = [*_block(nn.Conv2d, 3, width // 2, stride=2), *_block(nn.Conv2d, width // 2, width, stride=2)]
+        layers = [*block(nn.Conv2d, 3, width // 2, stride=2), *block(nn.Conv2d, width // 2, width, stride=2)]
         for _ in range(blocks):
             spatial = conv(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
             mix = [nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ from experiments.compare.curve import Curve
 from experiments.compare.far_pair import Stack, far_pair
 from experiments.compare.protocol import Cell, protocol
 from experiments.gpu import evidence_nets as nets
-from experiments.gpu.evidence_training import Pictures, Stepper, train
+from experiments.gpu.evidence_training import Pictures, Plan, Stepper, seconds_a_step, train
 from experiments.harness import camvid, data
 from experiments.harness.runs import Record
+from experiments.patterns import settings
 from widerf.errors import ClippedWarning, DeadUnitError
 
 INIT = ("he", "widened-0.5", "widened-1", "shuffled-0.5", "inverse-0.5", "xavier", "orthogonal", "torch")
-GROWING = (1, 1, 2, 2, 4, 4, 8, 8)  # spacing of each block of the segmenter
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its key in the table, and what does it."""
+    """One run: its key in the table, and what does it; a record may name another arm."""
 
     arm: str
     seed: int
     do: Callable[[], list[Record]]
 
+
+Rows = Callable[[], list[Record]]
+Part = Callable[[torch.device, Size, Path | None, Rows], Iterator[Run]]
 
 # ── far-pair ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -74,87 +78,158 @@ def _stack_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").mean(0).sum()
 
 
-def far_pair_stack(cell: Cell, arm: str, seeds: range, rate: float, device: torch.device) -> list[Record]:
-    """Train networks of one arm at once and return a record each; the batches are the same in every arm."""
+def far_pair_stacks(cell: Cell, names: Sequence[str], seeds: range, rate: float, device: torch.device) -> list[Record]:
+    """Train the networks of all arms and seeds at once, a stack an arm; the batches are the same in every arm."""
     about, task = protocol("far-pair"), far_pair(**cell.options)
-    built = [arms.choose([arm], [])[0].build(task.network, seed) for seed in seeds]
-    stack, curves = Stack(built).to(device), [Curve(about.target) for _ in seeds]
+    built = {name: [arms.choose([name], [])[0].build(task.network, seed) for seed in seeds] for name in names}
+    stacks = [Stack(networks).to(device) for networks in built.values()]
     card = device.type == "cuda"
-    step = Stepper(stack, torch.optim.Adam(stack.parameters(), rate, capturable=card, foreach=card), _stack_loss)
+    optimizers = [torch.optim.Adam(stack.parameters(), rate, capturable=card, foreach=card) for stack in stacks]
+    step = Stepper(stacks, optimizers, _stack_loss)
+    curves = [[Curve(about.target) for _ in seeds] for _ in names]
     generator = torch.Generator(device).manual_seed(1000 + seeds[0])
     images, labels = (part.to(device) for part in task.validation)
     for number in range(1, cell.steps + 1):
-        loss = step(*device_batch(64, len(seeds), cell.options["radius"], generator))
+        losses = step(*device_batch(64, len(seeds), cell.options["radius"], generator))
         if number % task.every == 0 or number == cell.steps:
-            with torch.no_grad():
-                guess = stack(images.expand(-1, len(seeds), -1, -1)).argmax(2)
-            right = (guess == labels[:, None]).double().mean(0).tolist()
-            for curve, accuracy in zip(curves, right, strict=True):
-                curve.look(number, accuracy, float(loss) / len(seeds))
+            for stack, mine, loss in zip(stacks, curves, losses.tolist(), strict=True):
+                with torch.no_grad():
+                    guess = stack(images.expand(-1, len(seeds), -1, -1)).argmax(2)
+                right = (guess == labels[:, None]).double().mean(0).tolist()
+                for curve, accuracy in zip(mine, right, strict=True):
+                    curve.look(number, accuracy, loss / len(seeds))
     where = {**cell.options, "lr": rate, "budget": cell.steps, "protocol": about.hash}
     return [
-        {**where, "seed": seed, **curve.record(), "curve": {"every": task.every, "accuracy": curve.accuracy}}
-        for seed, curve in zip(seeds, curves, strict=True)
+        {
+            "arm": f"{cell}: {name}",
+            **where,
+            "seed": seed,
+            **curve.record(),
+            "curve": {"every": task.every, "accuracy": curve.accuracy},
+        }
+        for name, mine in zip(names, curves, strict=True)
+        for seed, curve in zip(seeds, mine, strict=True)
     ]
 
 
-def far_pair_runs(device: torch.device, size: Size, _: Path | None) -> Iterator[Run]:
+def far_pair_runs(device: torch.device, size: Size, data_dir: Path | None, rows: Rows) -> Iterator[Run]:
     """Yield the cells of the protocol, every arm that is a plain stack; the rate is the protocol's middle one."""
     about, count = protocol("far-pair"), size(64, 2)
     names = [arm.name for arm in arms.choose(about.arms, []) if arm.taps != "sparse"]
     for cell in about.cells[: size(len(about.cells), 1)]:
         short = Cell(size(cell.steps, 20), cell.task, cell.options)
-        for name in names[: size(len(names), 2)]:
-            seeds = range(100, 100 + count)
-            do = partial(far_pair_stack, short, name, seeds, about.rates[1], device)
-            yield Run(f"{cell}: {name}", seeds[0], do)
+        seeds = range(100, 100 + count)
+        do = partial(far_pair_stacks, short, names[: size(len(names), 2)], seeds, about.rates[1], device)
+        yield Run(str(cell), seeds[0], do)
 
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+Build = Callable[[int], nn.Sequential]
+
 
 @cache
 def cifar10_pictures(data_dir: Path | None, device: torch.device) -> Pictures:
-    """Return CIFAR-10 on the device."""
+    """Return CIFAR-10 on the device; every tenth training image is held out."""
     images = data.cifar10(data_dir)
-    return Pictures((images.train, images.train_labels), (images.test, images.test_labels), shift=4).to(device)
+    held = torch.arange(len(images.train)) % 10 == 0
+    train, held_out = ((images.train[part], images.train_labels[part]) for part in (~held, held))
+    return Pictures(train, held_out, (images.test, images.test_labels), shift=4).to(device)
 
 
 @cache
 def camvid_pictures(data_dir: Path | None, device: torch.device, height: int, width: int) -> Pictures:
-    """Return CamVid on the device: 307 frames to train on, and the 101 val frames."""
+    """Return CamVid on the device: 307 frames to train on, 60 held out, and the 101 val frames."""
     frames = camvid.load(data_dir, (height, width))
-    return Pictures(frames.train, frames.val, shift=max(1, height // 15)).to(device)
+    return Pictures(frames.train, frames.held_out, frames.val, shift=max(1, height // 15)).to(device)
 
 
-def image_run(
-    network: Callable[[Callable[..., nn.Module]], nn.Sequential],
-    arm: arms.Arm,
-    seed: int,
-    pictures: Callable[[], Pictures],
-    options: dict[str, int | float],
-    spacings: tuple[int, ...] = (),
-) -> list[Record]:
-    """Train one network on pictures and return its record, ERF std before and after predicted."""
-    there = pictures()
-    net = arm.build(network, seed)
-    _space(net, spacings)
-    side = tuple(there.test[0].shape[1:])
-    before = _predicted(net, side)
-    torch.manual_seed(seed)
-    outcome = train(net, there, seed=1000 + seed, **options)  # type: ignore[arg-type]
-    return [
-        {
-            "seed": seed,
-            "score": outcome.score,
-            "curve": outcome.curve,
-            "loss": outcome.loss,
-            "outcome": "budget" if outcome.loss is not None else "diverged",
-            "seconds": {"step": outcome.seconds_a_step},
-            "predicted_std": [before, None if outcome.loss is None else _predicted(net.cpu(), side)],
-            **{name: options[name] for name in ("steps", "rate", "size")},
-        }
-    ]
+@dataclass(frozen=True)
+class Study:
+    """Arms of one network on one task, trained side by side.
+
+    Attributes:
+        name: of the setting.
+        builds: from a seed to the network of an arm.
+        pictures: reads the images, once.
+        plan: of every training.
+        rates: that the arms choose from.
+        choose, confirm: seeds that choose the rate of each arm by held-out images, and those the figures come from.
+        said: goes into every row.
+    """
+
+    name: str
+    builds: dict[str, Build]
+    pictures: Callable[[], Pictures]
+    plan: Plan
+    rates: tuple[float, ...]
+    choose: tuple[int, ...]
+    confirm: tuple[int, ...]
+    said: Record
+
+    def best_rates(self, rows: Sequence[Record]) -> list[float]:
+        """Return for each arm the rate with the best mean of the last held-out scores; of those that died, none."""
+        found = []
+        for arm in self.builds:
+            mine = [row for row in rows if row.get("phase") == "choose" and row["arm"] == f"{self.name}: {arm}"]
+            scores = {rate: [row["curve"][-1] for row in mine if row["rate"] == rate] for rate in self.rates}
+            found.append(
+                max(self.rates, key=lambda rate: sum(scores[rate]) / len(scores[rate]) if scores[rate] else -1)
+            )
+        return found
+
+    def train(self, seed: int, rates: Sequence[float], phase: str) -> list[Record]:
+        """Train all arms of one seed and return their records; the test images are looked at to confirm only."""
+        there = self.pictures()
+        nets = [build(seed) for build in self.builds.values()]
+        side = tuple(there.test[0].shape[1:])
+        first = phase == "confirm" and seed < self.confirm[0] + 3
+        before = [_predicted(net, side) if first else None for net in nets]
+        torch.manual_seed(seed)
+        plan = replace(self.plan, last_look=phase == "confirm")
+        outcomes = train(nets, there, plan, rates, seed=1000 + seed)
+        after = [
+            _predicted(net.cpu(), side) if first and outcome.loss is not None else None
+            for net, outcome in zip(nets, outcomes, strict=True)
+        ]
+        return [
+            {
+                "arm": f"{self.name}: {arm}",
+                "phase": phase,
+                "seed": seed,
+                "rate": rate,
+                "score": outcome.score,
+                "curve": outcome.curve,
+                "loss": outcome.loss,
+                "outcome": "budget" if outcome.loss is not None else "diverged",
+                "predicted_std": [old, new],
+                "steps": plan.steps,
+                "size": plan.size,
+                **self.said,
+            }
+            for arm, rate, outcome, old, new in zip(self.builds, rates, outcomes, before, after, strict=True)
+        ]
+
+    def runs(self, rows: Rows) -> Iterator[Run]:
+        """Yield the trainings that choose rates, then those that confirm."""
+        for seed in self.choose:
+            for rate in self.rates:
+                do = partial(self.train, seed, [rate] * len(self.builds), "choose")
+                yield Run(f"{self.name}: choose {rate:g}", seed, do)
+        for seed in self.confirm:
+            yield Run(f"{self.name}: confirm", seed, partial(self._confirm, seed, rows))
+
+    def _confirm(self, seed: int, rows: Rows) -> list[Record]:
+        return self.train(seed, self.best_rates(rows()), "confirm")
+
+    def costs(self, steps: int) -> Iterator[Run]:
+        """Yield what a step of each arm takes that has the device to itself."""
+        for arm, build in self.builds.items():
+            yield Run(f"{self.name}: {arm}", 0, partial(self._cost, build, steps))
+
+    def _cost(self, build: Build, steps: int) -> list[Record]:
+        seconds = seconds_a_step(build(0), self.pictures(), replace(self.plan, steps=steps))
+        return [{"seed": 0, "phase": "cost", "seconds": {"step": seconds}, **self.said}]
 
 
 def _predicted(net: nn.Sequential, size: tuple[int, ...]) -> float | None:
@@ -166,79 +241,89 @@ def _predicted(net: nn.Sequential, size: tuple[int, ...]) -> float | None:
             return None
 
 
-def _space(net: nn.Sequential, spacings: tuple[int, ...]) -> None:
-    """Space the taps of the residual branches, a spacing a block; their layers have stride 1."""
-    blocks = [module for module in net.modules() if isinstance(module, nets.Residual)]
-    for block, spacing in zip(blocks, spacings, strict=False):
-        for conv in block.modules():
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size[0] > 1:
-                reach = spacing * (conv.kernel_size[0] // 2)
-                conv.dilation, conv.padding = (spacing, spacing), (reach, reach)
+def _initialised(
+    network: Callable[[Callable[..., nn.Module]], nn.Sequential], names: Sequence[str]
+) -> dict[str, Build]:
+    return {arm.name: partial(arm.build, network) for arm in arms.choose(names, [])}
 
 
-def cifar10_runs(device: torch.device, size: Size, data_dir: Path | None) -> Iterator[Run]:
-    """Yield a net of 90 % and plain-20 without batch norm at k = 3 and 5, seed by seed."""
+def _seeds(size: Size, confirm: int = 20) -> dict[str, tuple[int, ...]]:
+    return {"choose": tuple(range(size(3, 1))), "confirm": tuple(range(100, 100 + size(confirm, 1)))}
+
+
+def cifar10_studies(device: torch.device, size: Size, data_dir: Path | None) -> Iterator[Study]:
+    """Yield plain-20 without batch norm at k = 3, a net of 90 %, and plain-20 at k = 5, each under all initialisers."""
+    pictures, names = partial(cifar10_pictures, data_dir, device), INIT[: size(len(INIT), 2)]
     plain = {k: tasks.plain20_network(k, width=size(16, 4), stem=size(1, 2)) for k in (3, 5)}
-    kinds = {"resnet9": nets.resnet9(size(64, 4)), "plain20": plain[3], "plain20-5x5": plain[5]}
-    options = {"steps": size(1500, 4), "size": size(512, 8), "rate": 3e-3, "classes": 10}
-    for seed in range(100, 100 + size(20, 1)):
-        for kind, network in kinds.items():
-            rate = options["rate"] if kind == "resnet9" else 1e-3
-            for arm in arms.choose(INIT[: size(len(INIT), 2)], []):
-                pictures = partial(cifar10_pictures, data_dir, device)
-                do = partial(image_run, network, arm, seed, pictures, {**options, "rate": rate})
-                yield Run(f"{kind}: {arm.name}", seed, do)
+    short, long = Plan(size(1000, 4), size(256, 8), 10), Plan(size(1400, 4), size(512, 8), 10)
+    slow, fast = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+    common = {"said": {}, **_seeds(size)}
+    yield Study("plain20", _initialised(plain[3], names), pictures, short, slow[: size(3, 1)], **common)
+    yield Study("resnet9", _initialised(nets.resnet9(size(64, 4)), names), pictures, long, fast[: size(3, 1)], **common)
+    yield Study("plain20-5x5", _initialised(plain[5], names), pictures, short, slow[: size(3, 1)], **common)
 
 
-def paper_runs(device: torch.device, size: Size, data_dir: Path | None) -> Iterator[Run]:
-    """Yield the paper's 17 blocks without down-sampling."""
-    options = {"steps": size(2000, 4), "size": size(256, 4), "rate": 3e-3, "classes": 10}
-    for seed in range(100, 100 + size(3, 1)):
-        for arm in arms.choose(INIT[: size(6, 2)], []):
-            pictures = partial(cifar10_pictures, data_dir, device)
-            do = partial(image_run, nets.paper17(size(32, 4)), arm, seed, pictures, options)
-            yield Run(f"paper17: {arm.name}", seed, do)
+def paper_studies(device: torch.device, size: Size, data_dir: Path | None) -> Iterator[Study]:
+    """Yield the paper's 17 blocks without down-sampling, at one rate."""
+    pictures, names = partial(cifar10_pictures, data_dir, device), INIT[: size(4, 2)]
+    plan = Plan(size(2000, 4), size(256, 4), 10)
+    seeds = {"choose": (), "confirm": tuple(range(100, 100 + size(3, 1)))}
+    yield Study("paper17", _initialised(nets.paper17(size(32, 4)), names), pictures, plan, (3e-3,), **seeds, said={})
 
 
-def camvid_runs(
-    network: nn.Module, width: int, device: torch.device, size: Size, data_dir: Path | None
-) -> Iterator[Run]:
-    """Yield initialisers on dense taps and on the growing grid, at 360×480."""
-    options = {"steps": size(950, 4), "size": size(16, 4), "rate": 3e-3, "classes": camvid.CLASSES}
+def camvid_studies(
+    network: Callable[..., Any], width: int, device: torch.device, size: Size, data_dir: Path | None
+) -> Iterator[Study]:
+    """Yield initialisers at 360×480."""
     shape = (size(360, 24), size(480, 32))
     built = network(width=size(width, 6), blocks=size(8, 2))
-    for seed in range(100, 100 + size(20, 1)):
-        for name, spacings in (("dense", ()), ("growing", GROWING)):
-            for arm in arms.choose(INIT[: size(4, 1)], []):
-                pictures = partial(camvid_pictures, data_dir, device, *shape)
-                do = partial(image_run, built, arm, seed, pictures, options, spacings)
-                yield Run(f"{name}: {arm.name}", seed, do)
+    pictures, names = partial(camvid_pictures, data_dir, device, *shape), INIT[: size(len(INIT), 2)]
+    plan = Plan(size(600, 4), size(16, 4), camvid.CLASSES)
+    yield Study("camvid", _initialised(built, names), pictures, plan, (3e-3,), **_seeds(size) | {"choose": ()}, said={})
 
 
-# ── seconds ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def pattern_studies(
+    device: torch.device, size: Size, data_dir: Path | None, names: Sequence[str] = ()
+) -> Iterator[Study]:
+    """Yield the settings of the pattern study."""
+    for name, setting in settings.SETTINGS.items():
+        if names and name not in names:
+            continue
+        shape = setting.size if setting.task == "cifar10" or not size.small else (24, 32)
+        pictures = (
+            partial(cifar10_pictures, data_dir, device)
+            if setting.task == "cifar10"
+            else partial(camvid_pictures, data_dir, device, *shape)
+        )
+        builds = setting.arms()
+        chosen = dict(list(builds.items())[:: size(1, len(builds) - 1)])
+        plan = Plan(size(setting.steps, 4), size(setting.batch, 4), setting.classes)
+        seeds = {"choose": settings.CHOOSE[: size(3, 1)], "confirm": settings.CONFIRM[: size(20, 1)]}
+        yield Study(
+            name, chosen, pictures, plan, settings.RATES[: size(3, 1)], **seeds, said={"protocol": settings.HASH}
+        )
 
 
-def step_cost(build: Callable[[], nn.Sequential], pictures: Callable[[], Pictures], size: int, classes: int) -> Record:
-    """Measure the median milliseconds of a training step, in graphs where there are some."""
-    there = pictures()
-    steps = 13
-    outcome = train(build(), there, steps=steps, size=size, rate=1e-3, seed=0, classes=classes, looks=1)
-    return {"seed": 0, "seconds": {"step": outcome.seconds_a_step}}
+def _runs(studies: Callable[..., Iterator[Study]]) -> Part:
+    def runs(device: torch.device, size: Size, data_dir: Path | None, rows: Rows) -> Iterator[Run]:
+        for study in studies(device, size, data_dir):
+            yield from study.runs(rows)
+
+    return runs
 
 
-def cost_runs(device: torch.device, size: Size, data_dir: Path | None) -> Iterator[Run]:
-    """Yield what a step of each kind of taps costs."""
-    network, pictures = nets.resnet9(size(64, 4)), partial(cifar10_pictures, data_dir, device)
-    for taps in ("dense", "dilated", "sparse"):
-        build = partial(arms.Arm(taps, taps=taps).build, network, 0)
-        yield Run(f"resnet9: {taps}", 0, lambda build=build: [step_cost(build, pictures, size(512, 8), 10)])  # type: ignore[misc]
+def cost_runs(device: torch.device, size: Size, data_dir: Path | None, rows: Rows) -> Iterator[Run]:
+    """Yield what a step of each kind of taps costs, in every setting of the pattern study."""
+    for study in pattern_studies(device, size, data_dir):
+        yield from study.costs(size(60, 2))
 
 
-PARTS: dict[str, Callable[[torch.device, Size, Path | None], Iterator[Run]]] = {
+PARTS: dict[str, Part] = {
     "far-pair": far_pair_runs,
-    "cifar10": cifar10_runs,
-    "paper17": paper_runs,
-    "camvid": partial(camvid_runs, nets.segmenter, 64),  # type: ignore[arg-type]
-    "camvid-depthwise": partial(camvid_runs, nets.depthwise, 96),  # type: ignore[arg-type]
+    "cifar10": _runs(cifar10_studies),
+    "paper17": _runs(paper_studies),
+    "camvid": _runs(partial(camvid_studies, nets.segmenter, 64)),
+    "camvid-depthwise": _runs(partial(camvid_studies, nets.depthwise, 96)),
+    **{f"patterns-{name}": _runs(partial(pattern_studies, names=(name,))) for name in settings.SETTINGS},
     "costs": cost_runs,
 }

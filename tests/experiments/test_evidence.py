@@ -18,7 +18,7 @@ from experiments.compare import tasks
 from experiments.compare.far_pair import far_pair_batch
 from experiments.gpu import evidence
 from experiments.gpu.evidence_parts import PARTS, Run, device_batch
-from experiments.gpu.evidence_training import Pictures, batches, score, train
+from experiments.gpu.evidence_training import Pictures, Plan, batches, score, train
 from experiments.harness.inputs import InputError
 from experiments.harness.ledger import Ledger
 from tests.experiments.images import write_images
@@ -117,7 +117,7 @@ def test_a_run_that_raises_is_a_record_and_is_tried_again(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--part", "0"], "--part must be from 1 to 6"),
+        (["--part", "0"], "--part must be from 1 to 12"),
         (["--part", "1", "--minutes", "0"], "--minutes must be positive"),
         (["--part", "1", "--device", "cpu"], "--device must be a CUDA device without --small"),
     ],
@@ -145,7 +145,7 @@ def pictures() -> Pictures:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 8, 8), generator=generator, dtype=torch.uint8)
     labels = (images.float().mean((1, 2, 3)) > 127).long()
-    return Pictures((images, labels), (images[:6], labels[:6]), shift=2)
+    return Pictures((images, labels), (images[:6], labels[:6]), (images[6:9], labels[6:9]), shift=2)
 
 
 def test_every_arm_of_a_seed_sees_the_same_pictures_and_labels_move_with_them() -> None:
@@ -154,7 +154,7 @@ def test_every_arm_of_a_seed_sees_the_same_pictures_and_labels_move_with_them() 
         assert torch.equal(y, v)
         break
     maps = pictures().train[0][:, 0]
-    pair = Pictures((maps[:, None].expand(-1, 3, -1, -1), maps), pictures().test, shift=2)
+    pair = Pictures((maps[:, None].expand(-1, 3, -1, -1), maps), pictures().held_out, pictures().test, shift=2)
     x, y = next(batches(pair, 8, 5))
     torch.testing.assert_close(x[:, 0], (y.float() / 255 - 0.5) / 0.25)
 
@@ -164,15 +164,29 @@ def test_training_learns_and_a_loss_that_is_no_number_is_an_outcome() -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
 
-    good = train(net(), pictures(), steps=60, size=8, rate=0.05, seed=0, classes=2)
-    assert good.loss is not None
-    assert good.loss < 0.6
     broken = net()
     with torch.no_grad():
         broken[0].weight.fill_(float("nan"))
-    bad = train(broken, pictures(), steps=60, size=8, rate=0.05, seed=0, classes=2)
+    plan = Plan(60, 8, 2)
+    good, bad, slow = train([net(), broken, net()], pictures(), plan, [0.05, 0.05, 0.01], seed=0)
+    assert good.loss is not None
+    assert good.loss < 0.6
+    assert len(good.curve) == 6
     assert bad.loss is None
     assert len(bad.curve) == 1
+    assert slow.loss is not None
+    assert slow.loss > good.loss
+
+
+def test_a_network_learns_the_same_beside_others() -> None:
+    def net(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    plan = Plan(12, 8, 2, looks=3)
+    together = train([net(0), net(1)], pictures(), plan, [0.05, 0.02], seed=4)
+    alone = [train([net(seed)], pictures(), plan, [rate], seed=4)[0] for seed, rate in ((0, 0.05), (1, 0.02))]
+    assert together == alone
 
 
 def test_the_score_of_labels_that_are_right_is_100() -> None:
