@@ -6,7 +6,8 @@ import argparse
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as LateError
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ from experiments.harness.ledger import RESULTS, Ledger
 from experiments.harness.runs import Record, write_whole
 
 LAYERS = 300
-SHARE = 0.3  # of the time for the layers against float64, at most
+SHARE = 0.45  # of the time for the layers against float64 and for compiling, at most
 COMPILED = 75.0  # seconds that a compiled network has to have left: compiling cannot be stopped
 
 
@@ -60,43 +61,45 @@ class Run:
             self.say(row | {"failed": f"{type(error).__name__}: {error}"[:300]})
 
 
-def _tasks(count: int, device: str, small: bool) -> list[tuple[Record, Callable[..., Any], tuple[Any, ...]]]:
-    """Return (row, function, arguments) of what is done in several processes: compiling is what takes the time."""
-    found: list[tuple[Record, Callable[..., Any], tuple[Any, ...]]] = []
+MAPS = ("forward", "grad_input", "grad_weight")
+Task = tuple[Record, Callable[..., Any], tuple[Any, ...]]
+
+
+def _tasks(count: int, device: str, small: bool, tune: bool) -> Iterator[Task]:
+    """Yield (row, function, arguments) of what is done in several processes: compiling is what takes the time."""
     if device != "cpu":
         for index, heat in enumerate(race.heats(small)):
-            ours = [name for name, _ in heat.arms if not name.startswith(("dense", "dilated", "deform"))]
-            found += [
-                ({"part": "warm", "heat": heat.name, "arm": a}, race.warm, (index, a, device, small)) for a in ours
-            ]
-        for index, layer in enumerate(sweep.layers(small)):
-            found.append(({"part": "warm", "heat": layer.name}, sweep.warm, (index, device, small)))
+            for arm in (name for name, _ in heat.arms if not name.startswith(("dense", "dilated", "deform"))):
+                yield {"part": "warm", "heat": heat.name, "arm": arm}, race.warm, (index, arm, device, small)
+        for index, layer in enumerate(sweep.layers(small) if tune else ()):
+            for name in MAPS:
+                yield {"part": "warm", "heat": layer.name, "arm": name}, sweep.warm, (index, name, device, small)
     for seed in range(count):
         case = layers.draw(seed, small)
-        found.append(({"part": "layer", "heat": str(seed), "case": case}, layers.check, (case, device)))
-    return found
+        yield {"part": "layer", "heat": str(seed), "case": case}, layers.check, (case, device)
 
 
-def prepare(run: Run, count: int, device: str, small: bool, seconds: float, workers: int) -> None:
+def prepare(run: Run, tasks: Iterable[Task], seconds: float, workers: int) -> None:
     """Check layers against float64, and compile what will be timed, in several processes at once."""
     until = time.monotonic() + seconds
-    done = 0
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    pending = {pool.submit(task, *given): row for row, task, given in _tasks(count, device, small)}
+    pending = {pool.submit(task, *given): row for row, task, given in tasks}
+    open_ = Counter(row["part"] for row in pending.values())
     try:
         for future in as_completed(pending, timeout=max(1.0, until - time.monotonic())):
             row, error = pending[future], future.exception()
+            open_[row["part"]] -= 1
             if row["part"] == "layer":
                 run.say(row | (future.result() if error is None else {"right": False, "failed": repr(error)[:300]}))
-                done += 1
             elif error is not None:
                 run.say(row | {"failed": repr(error)[:300]})
     except LateError:
         pass
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    if done < count:
-        run.say({"part": "layer", "heat": "rest", "left out": f"{count - done} of {count} layers: no time"})
+    for part, left in open_.items():
+        if left:
+            run.say({"part": part, "heat": "rest", "left out": f"{left}: no time"})
 
 
 def kernels(device: torch.device, out: Path, seconds: float, small: bool, count: int, tune: bool) -> Path:
@@ -106,7 +109,7 @@ def kernels(device: torch.device, out: Path, seconds: float, small: bool, count:
     run = Run(out / f"{stem}.jsonl", seconds)
     run.say({"part": "machine", "small": small, "seconds": seconds, "name": name} | machine(device))
     workers = 1 if small else max(1, min(16, os.cpu_count() or 2))
-    prepare(run, count, str(device), small, SHARE * seconds, workers)
+    prepare(run, _tasks(count, str(device), small, tune), SHARE * seconds, workers)
     run.attempt({"part": "use", "heat": "all"}, 0 if small else 10, lambda: uses.check(device))
     timed = 0.0 if small else 0.03
     for heat in race.heats(small):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -89,15 +90,15 @@ def using(found: Configuration) -> Iterator[None]:
         yield
 
 
-def warm(index: int, device: str, small: bool) -> None:
-    """Compile all candidates of all maps of a layer, where another process finds them."""
-    for call in maps(layers(small)[index], torch.device(device)).values():
-        for candidate in configurations.candidates(shape_of(call)):
-            with using(candidate):
-                try:
-                    call()
-                except RuntimeError:  # it does not fit the device: measuring it will say so
-                    continue
+def warm(index: int, name: str, device: str, small: bool) -> None:
+    """Compile all candidates of a map of a layer, where another process finds them."""
+    call = maps(layers(small)[index], torch.device(device))[name]
+    for candidate in configurations.candidates(shape_of(call)):
+        with using(candidate):
+            try:
+                call()
+            except RuntimeError:  # it does not fit the device: measuring it will say so
+                continue
 
 
 def run(layer: Layer, device: torch.device, seconds: float) -> Iterator[Record]:
@@ -106,7 +107,7 @@ def run(layer: Layer, device: torch.device, seconds: float) -> Iterator[Record]:
         shape = shape_of(call)
         times: dict[str, float | str] = {}
         for c in configurations.candidates(shape):
-            key = " ".join(map(str, (c.pixels, c.outs, c.ins, c.warps, c.stages, c.programs, c.taps)))
+            key = " ".join(str(int(value)) for value in astuple(c))
             with using(c):
                 try:
                     times[key] = round(microseconds(call, device, seconds, graph=True), 1)
