@@ -65,7 +65,7 @@ MAPS = ("forward", "grad_input", "grad_weight")
 Task = tuple[Record, Callable[..., Any], tuple[Any, ...]]
 
 
-def _tasks(count: int, device: str, small: bool, tune: bool) -> Iterator[Task]:
+def _tasks(count: int, device: str, small: bool, tune: bool, until: float) -> Iterator[Task]:
     """Yield (row, function, arguments) of what is done in several processes: compiling is what takes the time."""
     if device != "cpu":
         for index, heat in enumerate(race.heats(small)):
@@ -73,20 +73,19 @@ def _tasks(count: int, device: str, small: bool, tune: bool) -> Iterator[Task]:
                 yield {"part": "warm", "heat": heat.name, "arm": arm}, race.warm, (index, arm, device, small)
         for index, layer in enumerate(sweep.layers(small) if tune else ()):
             for name in MAPS:
-                yield {"part": "warm", "heat": layer.name, "arm": name}, sweep.warm, (index, name, device, small)
+                yield {"part": "warm", "heat": layer.name, "arm": name}, sweep.warm, (index, name, device, small, until)
     for seed in range(count):
         case = layers.draw(seed, small)
         yield {"part": "layer", "heat": str(seed), "case": case}, layers.check, (case, device)
 
 
-def prepare(run: Run, tasks: Iterable[Task], seconds: float, workers: int) -> None:
+def prepare(run: Run, tasks: Iterable[Task], until: float, workers: int) -> None:
     """Check layers against float64, and compile what will be timed, in several processes at once."""
-    until = time.monotonic() + seconds
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     pending = {pool.submit(task, *given): row for row, task, given in tasks}
     open_ = Counter(row["part"] for row in pending.values())
     try:
-        for future in as_completed(pending, timeout=max(1.0, until - time.monotonic())):
+        for future in as_completed(pending, timeout=max(1.0, until - time.time())):
             row, error = pending[future], future.exception()
             open_[row["part"]] -= 1
             if row["part"] == "layer":
@@ -109,7 +108,8 @@ def kernels(device: torch.device, out: Path, seconds: float, small: bool, count:
     run = Run(out / f"{stem}.jsonl", seconds)
     run.say({"part": "machine", "small": small, "seconds": seconds, "name": name} | machine(device))
     workers = 1 if small else max(1, min(16, os.cpu_count() or 2))
-    prepare(run, _tasks(count, str(device), small, tune), SHARE * seconds, workers)
+    until = time.time() + SHARE * seconds
+    prepare(run, _tasks(count, str(device), small, tune, until), until, workers)
     run.attempt({"part": "use", "heat": "all"}, 0 if small else 10, lambda: uses.check(device))
     timed = 0.0 if small else 0.03
     for heat in race.heats(small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -90,10 +91,12 @@ def using(found: Configuration) -> Iterator[None]:
         yield
 
 
-def warm(index: int, name: str, device: str, small: bool) -> None:
-    """Compile all candidates of a map of a layer, where another process finds them."""
+def warm(index: int, name: str, device: str, small: bool, until: float) -> None:
+    """Compile the candidates of a map of a layer, where another process finds them, until that time of the clock."""
     call = maps(layers(small)[index], torch.device(device))[name]
     for candidate in configurations.candidates(shape_of(call)):
+        if time.time() > until:
+            return
         with using(candidate):
             try:
                 call()
@@ -105,23 +108,23 @@ def run(layer: Layer, device: torch.device, seconds: float) -> Iterator[Record]:
     """Yield a row for each map of a layer: microseconds of each candidate, the table's first."""
     for name, call in maps(layer, device).items():
         shape = shape_of(call)
-        times: dict[str, float | str] = {}
+        found: dict[str, float | str] = {}
         for c in configurations.candidates(shape):
             key = " ".join(str(int(value)) for value in astuple(c))
             with using(c):
                 try:
-                    times[key] = round(microseconds(call, device, seconds, graph=True), 1)
+                    found[key] = round(microseconds(call, device, seconds, graph=True), 1)
                 except RuntimeError as error:
-                    times[key] = f"{type(error).__name__}: {error}"[:120]
-        measured = {key: time for key, time in times.items() if not isinstance(time, str)}
+                    found[key] = f"{type(error).__name__}: {error}"[:120]
+        measured = {key: value for key, value in found.items() if not isinstance(value, str)}
         best = min(measured, key=measured.__getitem__, default="")
         yield {
             "part": "sweep",
             "heat": layer.name,
             "arm": name,
             "shape": list(shape),
-            "times": times,
-            "table": next(iter(times.values())),
+            "times": found,
+            "table": next(iter(found.values())),
             "best": best,
             "best time": measured.get(best),
         }
