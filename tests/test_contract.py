@@ -43,7 +43,7 @@ SIGNATURES = {
     "ERF.load": "path",
     "ERFTracker": "model, every=100, *, input_size=(3, 224, 224), layers=(None,), inputs=None, samples=8, log=None",
     "init.apply": "model, strength=0.5, *, target=None, base=None, only=None, skip=None, input_size=None, "
-    "generator=None, dry_run=False, cap=1.0",
+    "generator=None, dry_run=False, cap=1.0, lasting=False",
     "init.periphery_": "tensor, strength=0.5, *, transposed=False, stride=1",
     "profile.soft_corners": "kernel_size, strength",
     "profile.allocate": "kernel_sizes, weights, gain, *, cap=1.0, fixed=0.0",

@@ -86,6 +86,8 @@ def _pairs(model: nn.Module, state: Mapping[str, Any]) -> dict[nn.Module, nn.Mod
             continue  # no layer of that name: an unexpected key, which loading tells
         if isinstance(module, SparseConv) and _fits(module, offsets):
             continue
+        plain = "parametrizations" not in module._modules
+        require(plain, "model", "have plain weights in layers that get other taps", f"{name}: parametrised")
         kind = type(module) if isinstance(module, SparseConv) else _kind(name, module)
         require(module is not model, "model", "hold the layer that has offsets, not be it", type(model).__name__)
         try:

@@ -22,6 +22,7 @@ _BY_VERDICT = {
     "overflow": "would leave the range of half precision; widen in float32, then convert",
     "emptied": "were at strength 1 already, which has emptied their inner taps; base= draws them anew",
     "parametrised": "are parametrised in a way that does not keep a profile",
+    "not_lasting": "cannot have a lasting profile and were left alone; call again for them, without lasting=",
     "unknown_weight": "compute their weight in a way that widerf does not know",
     "frozen": "are frozen and were left alone; name them in only= to change them",
 }

@@ -13,6 +13,7 @@ from widerf.convolutions.sensitivity import predicted_std
 from widerf.erf.frame import Frame
 from widerf.erf.receptive import from_tape
 from widerf.errors import UntreatedOperatorError
+from widerf.init.lasting import profile_of
 from widerf.init.plan import Change
 from widerf.init.weights import Experts, Held
 from widerf.trace.scene import Scene
@@ -65,7 +66,8 @@ def _follows(tape: Tape, changes: Sequence[Change]) -> bool:
     They do not where a weight is computed before it is used: by a parametrisation, by autocast, for sparse taps.
     """
     changing = {c.kernel.name: c for c in changes if c.held is not None and (c.shape is not None or c.drawn)}
-    if any(type(c.held) not in (Held, Experts) or c.kernel.offsets is not None for c in changing.values()):
+    held = [c for c in changing.values() if type(c.held) in (Held, Experts) and c.kernel.offsets is None]
+    if len(held) < len(changing) or any(profile_of(c.kernel.module) is not None for c in held):
         return False
     for call in tape.calls:
         change = changing.get(call.module)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from widerf.convolutions.convolution import Convolution
 from widerf.init.draws import Base
-from widerf.init.verdict import FROZEN, NOT_SELECTED, WIDENED, tied, unknown_weight
-from widerf.init.weights import Held, hold, is_frozen, unchangeable
+from widerf.init.lasting import profile_of
+from widerf.init.verdict import FROZEN, NOT_SELECTED, WIDENED, not_lasting, tied, unknown_weight
+from widerf.init.weights import Held, hold, is_frozen, storage_of, unchangeable
 from widerf.profile.single import solve_axes
 from widerf.report import Verdict
 
@@ -91,3 +93,15 @@ def plan(
             else:
                 (step.shape, step.strength), step.verdict = wanted, WIDENED
     return steps
+
+
+def leave_what_cannot_last(model: nn.Module, steps: Sequence[Change]) -> None:
+    """Take the profile off the plan where it cannot last: the weight is computed already, or others read it, too."""
+    readers = Counter(storage_of(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for step in steps:
+        if step.held is None or step.shape is None:
+            continue
+        if type(step.held) is not Held and profile_of(step.held.module) is None:
+            step.shape, step.verdict = None, not_lasting("this one is computed, or holds several kernels")
+        elif readers[step.held.storage()] > 1:
+            step.shape, step.verdict = None, not_lasting("another module has this one, too")

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from widerf.convolutions.convolution import Convolution
+from widerf.init.backup import Backup
 from widerf.init.draws import Base, draw_
 from widerf.init.plan import Change
 from widerf.init.report import LayerChange
@@ -23,7 +24,7 @@ from widerf.init.verdict import (
     ZERO,
     parametrised,
 )
-from widerf.init.weights import MARK, Backup, Experts, Held, unchangeable
+from widerf.init.weights import MARK, Experts, Held, unchangeable
 from widerf.report import Verdict
 
 _UNCHANGED = 1e-3  # relative change of a tap's energy up to which a weight counts as left as it was

@@ -19,6 +19,11 @@ BY_AN_EARLIER_CALL = Verdict("widened", "widened by an earlier call")
 NO_EFFECT = Verdict("no_effect", "widening it does not widen the network's ERF")
 
 
+def not_lasting(why: str) -> Verdict:
+    """Return the verdict on a layer whose weight cannot have a lasting profile."""
+    return Verdict("not_lasting", f"left alone: a lasting profile needs a plain weight of its own, and {why}")
+
+
 def unknown_weight(why: str) -> Verdict:
     """Return the verdict on a layer whose weight comes about in a way that widerf does not know."""
     return Verdict("unknown_weight", f"left alone: {why}")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from widerf.convolutions.convolution import Convolution
+from widerf.init.lasting import profile_of
 
 MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it
 _POWER_ITERATIONS = 30  # spectral normalisation after a change; its estimate starts from the one before
@@ -67,10 +68,7 @@ class Held:
 
     def storage(self) -> object:
         """Return a key that two layers share if they share their weight."""
-        source = self.sources()[0]
-        if isinstance(source, UninitializedParameter) or source.is_meta or source.numel() == 0:
-            return id(source)
-        return source.device, source.data_ptr(), source.shape
+        return storage_of(self.sources()[0])
 
 
 class _Computed(Held):
@@ -154,7 +152,7 @@ class Parametrised(_Computed):
         super().__init__(kernel)
         self.chain: Any = self.module.parametrizations["weight"]
         self.names = " and ".join(type(step).__name__.removeprefix("_") for step in self.chain)
-        self.note = f"parametrised by {self.names}"
+        self.note = "" if profile_of(self.module) is not None else f"parametrised by {self.names}"
         if any(hasattr(step, "_power_method") for step in self.chain):
             self.note += ", which sets its scale"
 
@@ -281,6 +279,13 @@ def hold(kernel: Convolution) -> Held | str:
     return Experts(kernel) if "CondConv2d" in names else Held(kernel)
 
 
+def storage_of(source: Tensor) -> object:
+    """Return a key that two tensors share if they are the same, or lie in the same memory."""
+    if isinstance(source, UninitializedParameter) or source.is_meta or source.numel() == 0:
+        return id(source)
+    return source.device, source.data_ptr(), source.shape
+
+
 def unchangeable(held: Held) -> str | None:
     """Return why the weight cannot be changed now, or ``None``."""
     for source in held.sources():
@@ -296,22 +301,3 @@ def unchangeable(held: Held) -> str | None:
 def is_frozen(held: Held) -> bool:
     """Return whether no tensor that holds the weight is to be trained."""
     return not any(source.requires_grad for source in held.sources())
-
-
-class Backup:
-    """Copies of a layer's sources and small state, to undo a change that did not hold."""
-
-    def __init__(self, held: Held) -> None:
-        self.tensors = [(source, source.data, source.detach().clone()) for source in held.sources()]
-        buffers = [b for b in nn.Module.buffers(held.module) if b is not None]
-        self.tensors += [(buffer, buffer.data, buffer.detach().clone()) for buffer in buffers]
-        self.held, self.mark = held, vars(held.module).get(MARK)
-
-    def undo(self) -> None:
-        """Write the copies back into the tensors they came from."""
-        for tensor, data, value in self.tensors:
-            data.copy_(value)
-            tensor.data = data
-        vars(self.held.module).pop(MARK, None)
-        if self.mark is not None:
-            setattr(self.held.module, MARK, self.mark)

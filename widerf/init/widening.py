@@ -24,13 +24,15 @@ from widerf.convolutions.places import Place
 from widerf.convolutions.selection import Selector, find_convolutions, select
 from widerf.geometry import ntuple
 from widerf.init.advice import warnings_of
+from widerf.init.backup import Backup
 from widerf.init.draws import Base, check_base
+from widerf.init.lasting import make_last, settle
 from widerf.init.outlook import Outlook
-from widerf.init.plan import Change, plan, solve_ahead
+from widerf.init.plan import Change, leave_what_cannot_last, plan, solve_ahead
 from widerf.init.report import InitReport, LayerChange
 from widerf.init.rescale import execute, factors_for
 from widerf.init.target import Shapes, shapes_for
-from widerf.init.weights import Backup, unchangeable
+from widerf.init.weights import unchangeable
 from widerf.profile.single import check_strength
 from widerf.trace.sandbox import untouched
 
@@ -47,6 +49,7 @@ def apply(
     generator: Generator | None = None,
     dry_run: bool = False,
     cap: float = 1.0,
+    lasting: bool = False,
 ) -> InitReport:
     """Widen the effective receptive field of ``model`` in place by re-weighting the taps of its convolutions.
 
@@ -57,6 +60,10 @@ def apply(
     *Calling it again* does not add up: strength is a state, not a step. If a weight is still what an earlier call
     made it, the new strength replaces the old one, and 0 takes it back. If it was changed since (trained, loaded,
     drawn anew), what is there is widened, and the report warns.
+
+    *Lasting*: training of plain weights forgets the profile. With ``lasting`` it becomes a parametrisation,
+    w = s·v with s_m = √(n·v_m) fixed: the network computes what it would without, and the learning rate of tap m is
+    s_m² times the nominal one (docs/theory.md (9a), :class:`widerf.init.lasting.LastingProfile`).
 
     *Zero padding* takes more signal than before, since more energy lies on the outer taps; the report tells how much.
 
@@ -78,6 +85,10 @@ def apply(
             drawn.
         dry_run: report only; the model stays as it is, and may be lazy or on the meta device.
         cap: largest strength that ``target`` may give a layer.
+        lasting: whether the profiles become parametrisations (``torch.nn.utils.parametrize``) of the weights. The
+            parameters stay the same objects, and are called ``parametrizations.weight.original``. A weight that is
+            computed already or tied is left alone, and the verdict says so. A later call sets the state anew: without
+            ``lasting`` it takes the parametrisation off the layers that it sets.
 
     Returns:
         what was done to each convolution, and why not, with warnings.
@@ -85,8 +96,9 @@ def apply(
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if the model has no convolution, ``strength`` is outside [0, 1], a pattern matches nothing,
-            ``target`` is beyond what the network can have (the message names that), or a layer that should change is
-            lazy or on the meta device and has no values yet. Then nothing has been changed.
+            ``target`` is beyond what the network can have (the message names that), a tap that is to last would be
+            empty and never learn (strength 1), or a layer that should change is lazy or on the meta device and has no
+            values yet. Then nothing has been changed.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
@@ -94,6 +106,7 @@ def apply(
         ['widened', '1×1 kernel: no periphery']
     """
     strength = check_strength(strength)
+    require(isinstance(lasting, bool), "lasting", "be True or False", lasting, TypeError)
     check_base(base, generator)
     kernels = find_convolutions(model)
     require(bool(kernels), "model", "hold at least one convolution", type(model).__name__)
@@ -107,6 +120,11 @@ def apply(
     else:
         solve_ahead([kernel for kernel in kernels if kernel.name in chosen], strength)
     steps = plan(kernels, chosen, only is not None, shapes, base)
+    if lasting:
+        leave_what_cannot_last(model, steps)
+        alive = all(step.shape is None or bool((step.shape > 0).all()) for step in steps)
+        given = ("strength", strength) if target is None else ("cap", cap)
+        require(alive, given[0], "be below 1 for a profile that lasts: empty taps would never learn", given[1])
     for step in steps:
         holds = "hold values in every layer that is to change"
         require(step.refusal is None or dry_run, "model", holds, f"{step.kernel.name} ({step.refusal})")
@@ -116,9 +134,9 @@ def apply(
     before, after, problem = (None, None, "") if outlook is None else (outlook.std, None, outlook.problem)
     if dry_run and outlook is not None and before is not None:
         with untouched(model), _kept(generator):
-            _change(steps, base, generator, dry_run=False)
+            _change(steps, base, generator, dry_run=False, lasting=None)
             after, problem = outlook.after(steps)
-    rows = _change(steps, base, generator, dry_run)
+    rows = _change(steps, base, generator, dry_run, lasting)
     if not dry_run and outlook is not None and before is not None:
         after, problem = outlook.after(steps)
     rows = _told(rows, steps, places, undone(model, kernels))
@@ -175,18 +193,36 @@ def _signal_kept(steps: Sequence[Change], rows: Sequence[LayerChange], places: M
     )
 
 
-def _change(steps: Sequence[Change], base: Base, generator: Generator | None, dry_run: bool) -> list[LayerChange]:
-    """Make all changes, or none: what goes wrong on the way, an interrupt too, undoes those made."""
+def _change(
+    steps: Sequence[Change], base: Base, generator: Generator | None, dry_run: bool, lasting: bool | None
+) -> list[LayerChange]:
+    """Make all changes, or none: what goes wrong on the way, an interrupt too, undoes those made.
+
+    ``lasting`` None changes values only.
+    """
     if dry_run:
-        return [execute(step, base, generator, dry_run) for step in steps]
+        return [_lasting(step, execute(step, base, generator, dry_run), lasting, dry_run) for step in steps]
     due = [step.held for step in steps if step.held is not None and (step.drawn or step.shape is not None)]
     backups = [Backup(held) for held in due if unchangeable(held) is None]
     try:
-        return [execute(step, base, generator, dry_run) for step in steps]
+        return [_lasting(step, execute(step, base, generator, dry_run), lasting, dry_run) for step in steps]
     except BaseException:
         for backup in backups:
             backup.undo()
         raise
+
+
+def _lasting(step: Change, row: LayerChange, lasting: bool | None, dry_run: bool) -> LayerChange:
+    """Make the profile last that a layer now has, or no longer last."""
+    if row.strength is None or step.shape is None or lasting is None:
+        return row
+    if not lasting or row.strength == 0:
+        if not dry_run:
+            settle(step.kernel.module)
+        return row
+    if not dry_run:
+        make_last(step.kernel, step.shape)
+    return dataclasses.replace(row, verdict=row.verdict.noting("lasting", "lasting"))
 
 
 @torch.no_grad()

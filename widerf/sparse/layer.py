@@ -36,7 +36,7 @@ def why_not_plain(module: nn.Module, dense: type[_ConvNd]) -> str | None:
     kind: Any = type(module)
     plain: Any = dense
     if "weight" not in module._parameters or getattr(module, "parametrizations", None) is not None:
-        return "its weight is computed (weight norm, spectral norm, …)"
+        return "its weight is computed (weight norm, spectral norm, a lasting profile, …)"
     if kind.forward is not plain.forward or kind._conv_forward is not plain._conv_forward:
         return f"{kind.__name__} has its own forward"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
