@@ -42,6 +42,7 @@ SIGNATURES = {
     "ERF.save": "self, path",
     "ERF.load": "path",
     "ERFTracker": "model, every=100, *, input_size=(3, 224, 224), layers=(None,), inputs=None, samples=8, log=None",
+    "erf_penalty": "model, input_size=None, *, layer=None, unit=None, target=None",
     "init.apply": "model, strength=0.5, *, target=None, base=None, only=None, skip=None, input_size=None, "
     "generator=None, dry_run=False, cap=1.0, lasting=False",
     "init.periphery_": "tensor, strength=0.5, *, transposed=False, stride=1",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from widerf.conversion.swap import convert, densify
     from widerf.erf.map import ERF
     from widerf.erf.measurement import measure
-    from widerf.erf.prediction import predict
+    from widerf.erf.prediction import erf_penalty, predict
     from widerf.erf.receptive import ReceptiveField, receptive_field
     from widerf.erf.tracker import ERFTracker
     from widerf.errors import ClippedWarning, DeadUnitError, UntreatedOperatorError
@@ -43,6 +43,7 @@ _HOME = {
     "advise": "survey.advice",
     "convert": "conversion.swap",
     "densify": "conversion.swap",
+    "erf_penalty": "erf.prediction",
     "load_state_dict": "conversion.keeping",
     "measure": "erf.measurement",
     "predict": "erf.prediction",
@@ -70,6 +71,7 @@ __all__ = [
     "advise",
     "convert",
     "densify",
+    "erf_penalty",
     "functional",
     "init",
     "kernels",

@@ -78,3 +78,14 @@ def moments(line: Tensor) -> Moments:
     mean = (line * at).sum()
     away = at - mean
     return Moments(mean, (line * away**2).sum(), (line * away**4).sum())
+
+
+def mean_variance(energy: Tensor) -> Tensor:
+    """Return the mean over axes of the variance of an energy map, on any scale, about its centroid; differentiable.
+
+    Example:
+        >>> float(mean_variance(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])))
+        0.5
+    """
+    share = energy / energy.sum()
+    return torch.stack([moments(marginal(share, axis)).variance for axis in range(energy.ndim)]).mean()

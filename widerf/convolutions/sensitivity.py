@@ -14,7 +14,7 @@ from widerf.erf.energy import backpropagate
 from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
 from widerf.erf.prediction import predicted
-from widerf.geometry import marginal, moments
+from widerf.geometry import mean_variance
 from widerf.trace.scene import Scene
 
 
@@ -47,7 +47,7 @@ def sensitivity(scene: Scene, kernels: Sequence[Convolution]) -> Sensitivity:
             weights.append((call.module, weight))
     with torch.enable_grad():
         energy = backpropagate(replace(scene.tape, calls=calls), scene.seed()).double().sum(1).mean(0)
-        variance = _variance(energy)
+        variance = mean_variance(energy)
         gradients = torch.autograd.grad(variance, [w for _, w in weights], allow_unused=True)
     slopes: dict[str, Tensor] = {}
     rank = len(scene.input_size) - 1
@@ -56,12 +56,6 @@ def sensitivity(scene: Scene, kernels: Sequence[Convolution]) -> Sensitivity:
             tap = (weight.detach() * gradient / 2).double().sum(dim=tuple(range(weight.ndim - rank)))
             slopes[name] = slopes.get(name, 0) + tap.cpu()
     return Sensitivity(float(variance.detach()), slopes)
-
-
-def _variance(energy: Tensor) -> Tensor:
-    """Return the mean over axes of the variance of an energy map about its centroid."""
-    share = energy / energy.sum()
-    return torch.stack([moments(marginal(share, axis)).variance for axis in range(energy.ndim)]).mean()
 
 
 def predicted_erf(scene: Scene, frame: Frame | None = None) -> tuple[ERF | None, str]:

@@ -138,7 +138,7 @@ class _Pass:
         if len(group) == 1 and last.name == "relu":  # the most frequent one, without autograd
             yield sources[0], flow.where(self.tape.values[sources[0]] > 0, shapes[sources[0]])
             return
-        inputs = {value: self.tape.values[value].detach().expand(flow.energy.shape) for value in sources}
+        inputs = {value: self.tape.values[value].expand(flow.energy.shape) for value in sources}
         result = next(out for out in last.outputs if out is not None)
         for value, derivative in zip(sources, slopes(group, inputs, result), strict=True):
             if derivative is not None:

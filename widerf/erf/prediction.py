@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from widerf.erf.energy import backpropagate_scaled
 from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
+from widerf.errors import DeadUnitError
+from widerf.geometry import mean_variance
 from widerf.trace.ambient import plain_arithmetic
 from widerf.trace.scene import Scene
 
@@ -76,6 +79,66 @@ def expected_energy(scene: Scene) -> tuple[Tensor, float]:
     """Energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
     with torch.no_grad():
         energy, log_scale = backpropagate_scaled(scene.tape, scene.seed())
+    return _over_channels(energy), log_scale
+
+
+def _over_channels(energy: Tensor) -> Tensor:
     energy = energy.double().sum(1).mean(0)
     require(bool(energy.isfinite().all()), "model", "have finite gradients", "NaN or infinity")
-    return energy, log_scale
+    return energy
+
+
+def erf_penalty(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    layer: str | nn.Module | None = None,
+    unit: int | Sequence[int] | None = None,
+    target: float | None = None,
+) -> Tensor:
+    r"""Return a differentiable number that falls as the predicted ERF of a unit widens, to be added to a loss.
+
+    It is :math:`-\log\sigma`, or with a target :math:`\max(0, \log(\mathrm{target}/\sigma))^2`, where
+    :math:`\sigma` is the very ``predict(model, input_size).std``. The gradient is exact: through the squared weights
+    that :func:`predict` reads and, where a normalisation by the batch's statistics or a smooth activation makes
+    :math:`\sigma` depend on the activations, through these. It reaches all parameters, also those that a weight is
+    computed from. Only the shares of the energy count, so that the scale of the weights of a plain chain is left alone.
+
+    Costs about twice as much as :func:`predict`, batch of one image; in long trainings add it every n-th step, n times
+    as heavy. ``input_size`` should hold the ERF, since a clipped one is not seen to grow (no warning here), and need
+    not be larger. The model is taken in the mode in which it is and comes back bit-identical, gradients included.
+
+    Args:
+        model: see :func:`predict`.
+        input_size: ``(channels, *spatial)``; by default ``(3, 224, 224)``.
+        layer: see :func:`predict`.
+        unit: see :func:`predict`.
+        target: the std that is wide enough, in input pixels; None: the wider the better.
+
+    Returns:
+        A scalar in float64, with derivatives.
+
+    Raises:
+        TypeError: see :func:`predict`.
+        ValueError: see :func:`predict`; or if ``target`` is not positive, or one pixel has all the energy.
+        UntreatedOperatorError: see :func:`predict`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        >>> loss = 0.1 * erf_penalty(net, (1, 9, 9))
+        >>> loss.backward()
+        >>> net[0].weight.grad is not None
+        True
+    """
+    if target is not None:
+        require(isinstance(target, (int, float)), "target", "be a number of pixels", target, TypeError)
+        require(0 < target < float("inf"), "target", "be positive", target)
+    scene = Scene.of(model, (3, 224, 224) if input_size is None else input_size, layer, unit).differentiable()
+    with torch.enable_grad():
+        energy = _over_channels(backpropagate_scaled(scene.tape, scene.seed())[0])
+        if float(energy.detach().sum()) == 0:
+            raise DeadUnitError("model must let energy reach the input (dead or silent unit)")
+        variance = mean_variance(energy)
+        require(float(variance.detach()) > 0, "model", "see more than one pixel", "an ERF of std 0")
+        penalty: Tensor = -variance.log() / 2
+        return penalty if target is None else (penalty + math.log(target)).clamp(min=0).square()

@@ -11,7 +11,7 @@ from torch import Tensor
 from widerf.operators.boxes import EMPTY, Jump, union_of
 from widerf.operators.moves import by
 from widerf.operators.rule import Arguments, Inputs, Rule, always, in_place, joined, named
-from widerf.trace.tape import Call
+from widerf.trace.tape import Call, own_leaf
 
 
 def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any], jump: Jump) -> list[Tensor | None]:
@@ -41,14 +41,15 @@ def slopes(calls: Sequence[Call], inputs: Inputs, last: int) -> list[Tensor | No
         One derivative per input; ``None`` where there is none, as for a step function, flat almost everywhere.
     """
     with torch.enable_grad():
-        known = {value: tensor.detach().requires_grad_() for value, tensor in inputs.items()}
+        known = {value: own_leaf(tensor) for value, tensor in inputs.items()}
         leaves = list(known.values())
         for call in calls:
             outs = call.run({position: known[value] for position, value in call.inputs.items()})
             known.update({value: out for value, out in zip(call.outputs, outs, strict=True) if value is not None})
         if not known[last].requires_grad:
             return [None for _ in leaves]
-        return list(torch.autograd.grad(known[last].sum(), leaves, allow_unused=True))
+        further = any(tensor.requires_grad for tensor in inputs.values())  # the slopes may be differentiated
+        return list(torch.autograd.grad(known[last].sum(), leaves, allow_unused=True, create_graph=further))
 
 
 RULE = Rule("pointwise", _boxes, None, jump=in_place, joins=always)

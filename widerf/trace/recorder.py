@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ _SHAPE_ONLY = {
 }
 
 
-def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSite] = ()) -> Tape:
+def record(
+    model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSite] = (), *, freeze: bool = True
+) -> Tape:
     """Run ``model`` on ``images`` up to ``site`` and record the operators.
 
     The caller keeps the model safe (:func:`widerf.trace.sandbox.untouched`): batch statistics move as in any forward
@@ -44,6 +46,7 @@ def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSi
         images: ``(batch, channels, *spatial)``.
         site: where the map is (:func:`widerf.trace.site.spatial_layer`).
         also: maps of other modules on the way there, which are marked.
+        freeze: whether weights have no gradients meanwhile; if they have, what is computed from them hangs on them.
 
     Raises:
         ValueError: if the map does not depend on the input.
@@ -51,7 +54,8 @@ def record(model: nn.Module, images: Tensor, site: MapSite, also: Sequence[MapSi
     with plain_pass():
         images = images.clone() if images.is_inference() else images
         recorder = _Recorder(images, {id(module): name for module, name in names_of(model).items()})
-        with _frozen_weights(model), _paths(recorder, site, also), _own_functions(recorder), recorder:
+        weights = _frozen_weights(model) if freeze else nullcontext()
+        with weights, _paths(recorder, site, also), _own_functions(recorder), recorder:
             reached = site.reach(model, images)
         target = recorder.value_of(reached)
     if target is None:

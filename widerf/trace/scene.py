@@ -101,6 +101,19 @@ class Scene:
         with untouched(self.model), torch.no_grad():
             return record(self.model.eval() if evaluating else self.model, images, self.site, self.also)
 
+    def differentiable(self) -> Scene:
+        """Return the scene whose recording hangs on the model's parameters: what is read off it has derivatives.
+
+        The steps are run once more on the recorded image, as autograd sees them: without in-place writes, and with
+        weights, plain or computed, that hang on their parameters.
+        """
+        images = noise(self.model, self.input_size, self.image_seed)
+        with untouched(self.model), torch.no_grad():
+            tape = record(self.model, images, self.site, freeze=False)
+        tape = replace(tape, values=[value.detach() for value in tape.values])
+        with untouched(self.model), torch.enable_grad():
+            return replace(self, also=(), _tape=tape.replayed())
+
     def changed(self, *, in_place: bool) -> Scene:
         """Return the scene of the model after its weights were changed, at the same map and image.
 

@@ -30,11 +30,17 @@ def _filled(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, x)
 
 
-# Operators whose derivative torch does not know, or knows for a single value only, by others of the same meaning.
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
+# Operators whose derivative, or its own, torch does not know, or knows for a single value only, by others of the same
+# meaning.
 _IN_OTHER_WORDS: dict[str, Callable[..., Any]] = {
     "aten.copy.default": _copied,
     "aten.native_channel_shuffle.default": _shuffled,
     "aten.masked_fill.Tensor": _filled,
+    "aten.hardsigmoid.default": _hard_sigmoid,
 }
 
 
@@ -93,12 +99,17 @@ class Call:
         return UntreatedOperatorError(f"{purpose} has no rule for operator {self.op} in module {self.module!r}")
 
 
+def own_leaf(tensor: Tensor) -> Tensor:
+    """A tensor of the same values to differentiate by, for itself: one that hangs on others keeps hanging on them."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 def transposed_jacobian(
     call: Call, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
 ) -> dict[int, Tensor]:
     """Jᵀ times a cotangent per output, at the given inputs: position of a leaf → product."""
     with torch.enable_grad():
-        tensors = {position: tensor.detach().requires_grad_() for position, tensor in inputs.items()}
+        tensors = {position: own_leaf(tensor) for position, tensor in inputs.items()}
         outs = call.run(tensors)
         pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
         if not pairs:
@@ -108,7 +119,8 @@ def transposed_jacobian(
             list(tensors.values()),
             [c.expand_as(o) for o, c in pairs],
             allow_unused=True,
-            create_graph=any(c.requires_grad for _, c in pairs),  # the product itself may be differentiated
+            # The product itself may be differentiated.
+            create_graph=any(t.requires_grad for t in (*(c for _, c in pairs), *inputs.values())),
         )
     return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
 
@@ -159,7 +171,8 @@ class Tape:
         """
         values = list(self.values)
         for call in self.needed():
-            outputs = call.run({position: values[value] for position, value in call.inputs.items()})
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not call.detached):
+                outputs = call.run({position: values[value] for position, value in call.inputs.items()})
             for value, output in zip(call.outputs, outputs, strict=False):
                 if value is not None:
                     values[value] = output
