@@ -52,7 +52,7 @@ class Job:
 
 def work(job: Job) -> Record:
     """Do one run; the record holds no figure that depends on anything but the job, except its duration."""
-    task = tasks.cached(job.task, job.data_dir, job.options, job.overrides)
+    task = job.arm.of(tasks.cached(job.task, job.data_dir, job.options, job.overrides))
     device = torch.device(job.device)
     torch.manual_seed(job.seed)
     net = job.arm.build(task.network, job.seed)

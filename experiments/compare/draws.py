@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from scipy import optimize
 from torch import Generator, Tensor, nn
+from torch.nn.utils import parametrize
 
 import widerf
 
@@ -94,3 +95,70 @@ def shuffled(strength: float, seed: int) -> Callable[[tuple[int, ...]], Tensor]:
         return shares[torch.randperm(len(shares), generator=generator)].view(size)
 
     return profile
+
+
+@torch.no_grad()
+def rates_alone(net: nn.Module, strength: float) -> None:
+    """Give every convolution a lasting profile, and its weights back: other learning rates, nothing else."""
+    drawn = {module: module.weight.detach().clone() for module in net.modules() if isinstance(module, nn.Conv2d)}
+    widerf.init.apply(net, strength, lasting=True)
+    for module, weight in drawn.items():
+        if parametrize.is_parametrized(module, "weight"):
+            module.weight = weight  # type: ignore[assignment]
+
+
+def covariance(kernel_size: Sequence[int], width: float) -> Tensor:
+    r"""Return the covariance of a filter's taps of Trockman, Willmott and Kolter (2022, arXiv 2210.03651, § 4).
+
+    With a Gaussian bump :math:`Z_\sigma(p) = \exp(-|p|^2/2\sigma)` about the kernel's centre,
+
+    .. math:: \Sigma(p, q) = \tfrac12\,[Z(p) + Z(q)]\, Z(p - q) - \tfrac12\, Z(p)\, Z(q),
+
+    the block-symmetrised product of their static part (variance falls off from the centre) and their dynamic part
+    (taps vary with their neighbours); negative eigenvalues are cut off, as there. Written down from the paper's
+    construction and not compared with its authors' code.
+
+    Args:
+        kernel_size: taps on each axis.
+        width: :math:`\sigma`, a variance in taps².
+
+    Returns:
+        (n, n) in float64 for n taps, positive semi-definite.
+
+    Example:
+        >>> matrix = covariance((3, 3), 1.0)
+        >>> matrix.shape, bool(torch.linalg.eigvalsh(matrix).min() > -1e-12)
+        (torch.Size([9, 9]), True)
+    """
+    axes = [torch.arange(k, dtype=torch.float64) - k // 2 for k in kernel_size]
+    places = torch.stack([grid.flatten() for grid in torch.meshgrid(*axes, indexing="ij")], 1)
+    static = (-places.square().sum(1) / (2 * width)).exp()
+    dynamic = (-(places[:, None] - places[None]).square().sum(2) / (2 * width)).exp()
+    matrix = (static[:, None] + static[None]) * dynamic / 2 - static[:, None] * static[None] / 2
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0)) @ vectors.T
+
+
+def width_at(depth: float) -> float:
+    """Return the width of :func:`covariance` at a relative depth of 0 to 1, as that paper has it for ConvMixer.
+
+    Example:
+        >>> [round(width_at(depth), 2) for depth in (0, 0.5, 1)]
+        [0.16, 0.68, 1.92]
+    """
+    return 0.16 + 0.32 * depth + 2.88 * depth**2 / 2
+
+
+@torch.no_grad()
+def covary(net: nn.Module) -> None:
+    """Turn a draw of independent taps into one with :func:`covariance`, wider with depth; kernels keep their Σ w².
+
+    The paper does so in depthwise layers. Here layers between channels get it, too: each of their filters, alike.
+    """
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 2]
+    for index, conv in enumerate(convs):
+        values, vectors = torch.linalg.eigh(covariance(conv.kernel_size, width_at(index / max(len(convs) - 1, 1))))
+        half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        weight, energy = conv.weight, conv.weight.square().sum()
+        weight.copy_((weight.double().flatten(2) @ half).view_as(weight))
+        weight.mul_((energy / weight.square().sum()).sqrt())

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from experiments.compare.task import VALIDATION_SEED, Batch, Centre, Conv, Task, named
 from experiments.harness.inputs import InputError
+from widerf.init.lasting import profile_of
 
 CHANNELS = 16
 
@@ -123,6 +125,22 @@ class Cone(nn.Module):
         return self.net.head(x)  # type: ignore[no-any-return,operator]
 
 
+def trained(net: nn.Sequential) -> list[nn.Parameter]:
+    """Return the parameters, each layer's weight, or what is trained in its place, before its bias."""
+    found: list[nn.Parameter] = []
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            lasting = parametrize.is_parametrized(module, "weight")
+            found += [module.parametrizations.weight.original if lasting else module.weight, module.bias]  # type: ignore
+    return found
+
+
+def lasting_scale(module: nn.Module) -> Tensor:
+    """Return the factors of a lasting profile, 1 where there is none."""
+    profile = profile_of(module)
+    return torch.ones(1, 1, 1, 1) if profile is None else profile.scale
+
+
 class Stack(nn.Module):
     """S far-pair networks of one shape as one: convolutions of S groups, and only the pixels that the answer needs.
 
@@ -143,8 +161,13 @@ class Stack(nn.Module):
         super().__init__()
         self.convs = [module for module in nets[0].modules() if isinstance(module, nn.Conv2d)]
         self.size = len(nets)
-        together = zip(*(net.parameters() for net in nets), strict=True)
+        together = zip(*map(trained, nets), strict=True)
         self.stacked = nn.ParameterList([torch.stack([p.detach() for p in same]) for same in together])
+        self.scales = [lasting_scale(module) for module in self.convs]
+        for net in nets[1:]:
+            others = [lasting_scale(module) for module in net.modules() if isinstance(module, nn.Conv2d)]
+            if not all(torch.equal(a, b) for a, b in zip(self.scales, others, strict=True)):
+                raise ValueError("nets must have the same lasting profiles, got others")
 
     def forward(self, images: Tensor) -> Tensor:
         """From images (batch, S, side, side) to logits (batch, S, 2)."""
@@ -152,7 +175,8 @@ class Stack(nn.Module):
         *layers, head, bias = self.stacked
         reaches = [conv.dilation[0] for conv in self.convs]
         for index, (reach, margin) in enumerate(zip(reaches, margins(side, reaches), strict=True)):
-            weight, offset = layers[2 * index].flatten(0, 1), layers[2 * index + 1].flatten()
+            weight = (layers[2 * index] * self.scales[index].to(layers[0])).flatten(0, 1)
+            offset = layers[2 * index + 1].flatten()
             x = F.pad(x, [-margin] * 4) if margin > 0 else x
             x = F.conv2d(x, weight, offset, padding=max(0, -margin), dilation=reach, groups=self.size).relu_()
         units = x.view(len(x), self.size, -1)
@@ -161,6 +185,6 @@ class Stack(nn.Module):
     def unstack(self, index: int, net: nn.Sequential) -> nn.Sequential:
         """Write network ``index`` into ``net`` and return it."""
         with torch.no_grad():
-            for own, stacked in zip(net.parameters(), self.stacked, strict=True):
+            for own, stacked in zip(trained(net), self.stacked, strict=True):
                 own.copy_(stacked[index])
         return net

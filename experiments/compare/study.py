@@ -103,6 +103,7 @@ def do(group: Group, about: Protocol, data_dir: Path | None = None) -> list[Reco
         cell.task, data_dir=data_dir, options=cell.options, steps=cell.steps, target=about.target, lr=group.lr
     )
     arm = arms.choose([group.arm], [])[0]
+    task = arm.of(task)
     nets = [arm.build(task.network, seed) for seed in group.seeds]
     before = [erfs(net, task, seed) for net, seed in zip(nets, group.seeds, strict=True)]
     curves, seconds = _train(nets, task, [1000 + seed for seed in group.seeds], arm)
@@ -120,7 +121,7 @@ def do(group: Group, about: Protocol, data_dir: Path | None = None) -> list[Reco
 def _train(
     nets: list[nn.Sequential], task: Task, seeds: Sequence[int], arm: arms.Arm
 ) -> tuple[list[Curve], float | None]:
-    if task.name == "far-pair" and arm.taps != "sparse":
+    if task.name == "far-pair" and arm.taps != "sparse" and not task.penalty:
         return stacked.train(nets, task, seeds)
     alone = [training.train(net, task, seed, torch.device("cpu")) for net, seed in zip(nets, seeds, strict=True)]
     timed = [seconds for _, seconds in alone if seconds is not None]

@@ -31,6 +31,7 @@ class Task:
         every: steps between two looks at the validation accuracy.
         stop_at_target: end the run when the target is reached.
         lr: learning rate of Adam, the same in every arm.
+        penalty: factor of ``widerf.erf_penalty`` of the last map, at ``erf_size``, in the loss.
         faster: from the network to a module that shares its parameters and answers alike in less time; what trains.
     """
 
@@ -46,6 +47,7 @@ class Task:
     every: int
     stop_at_target: bool
     lr: float
+    penalty: float = 0.0
     faster: Callable[[nn.Sequential], nn.Module] | None = None
 
 

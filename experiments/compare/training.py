@@ -36,7 +36,7 @@ def train(net: nn.Sequential, task: Task, seed: int, device: torch.device) -> tu
     """Train with Adam on the batches of ``seed``.
 
     The learning rate falls by a half cosine over ``task.steps``; it stays where it is if the run ends at the target.
-    A loss that is no number ends the run at the next look.
+    A loss that is no number ends the run at the next look. The loss of the record is without ``task.penalty``'s part.
 
     Returns:
         The curve, and the seconds of a step: the first one (warm-up) and the looks are left out.
@@ -53,8 +53,11 @@ def train(net: nn.Sequential, task: Task, seed: int, device: torch.device) -> tu
         with clock:
             with autocast(device):
                 loss = F.cross_entropy(model(x.to(device)), y.to(device))
+            whole = loss
+            if task.penalty:
+                whole = loss + task.penalty * widerf.erf_penalty(net, task.erf_size, layer="features")
             optimizer.zero_grad()
-            loss.backward()
+            whole.backward()
             optimizer.step()
             schedule.step()
         if step % task.every == 0 or step == task.steps:

@@ -107,7 +107,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "too few classes": (["cifar10", "--data-dir", few], "10 classes"),
         "unknown arm": (
             ["far-pair", "--arms", "he", "wide"],
-            "--arms must be among xavier, he, torch, orthogonal, widened, inverse, shuffled, sparse, dilated, "
+            "--arms must be among xavier, he, torch, orthogonal, widened, inverse, shuffled, "
+            "lasting, lasting_only, penalty, covariance, sparse, dilated, "
             "got 'wide'",
         ),
         "unknown task": (

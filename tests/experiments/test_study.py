@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from experiments.compare.far_pair import Stack, far_pair
 from experiments.compare.protocol import FOLDER, Protocol, names, protocol, read
 from experiments.harness.inputs import InputError
 from experiments.harness.ledger import RESULTS
+from widerf.init.lasting import profile_of
 
 CPU = torch.device("cpu")
 SOME = arms.choose(["he", "xavier", "torch", "orthogonal", "widened-1", "inverse", "shuffled", "dilated"], [])
+SOME += arms.choose(["lasting", "lasting_only-0.8", "covariance"], [])
 
 
 @pytest.mark.parametrize(("depth", "radius"), [(1, 1), (4, 2), (4, 4), (6, 3), (8, 8)])
@@ -95,6 +99,61 @@ def test_reweighting_by_soft_corners_is_what_the_initialiser_does() -> None:
     draws.reweight(ours, lambda size: widerf.profile.soft_corners(size, 0.5))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["lasting", "lasting_only"])
+def test_lasting_arms_start_as_the_arms_that_do_not_last(name: str) -> None:
+    task = far_pair(4)
+    twin, arm = (
+        arms.choose([kind], [])[0].build(task.network, 0)
+        for kind in ("widened-0.5" if name == "lasting" else "he", name)
+    )
+    images, _ = next(task.batches(0))
+    torch.testing.assert_close(twin(images), arm(images), rtol=1e-4, atol=1e-5)
+    assert sum(profile_of(module) is not None for module in arm.modules()) == 6
+
+
+def test_the_covariance_draw_has_the_covariance_that_it_names() -> None:
+    # By counting: the taps of very many filters of the last of two layers, whose width is that at depth 1.
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(60, 4000, 3))
+    draws.draw(net, "he", 0)
+    energy = net[1].weight.square().sum()
+    draws.covary(net)
+    filters = net[1].weight.detach().double().flatten(0, 1).flatten(1)
+    counted, wanted = filters.T @ filters / len(filters), draws.covariance((3, 3), draws.width_at(1.0))
+    torch.testing.assert_close(counted / counted.trace(), wanted / wanted.trace(), rtol=0, atol=3e-3)
+    torch.testing.assert_close(net[1].weight.square().sum(), energy)
+
+
+def test_the_covariance_of_a_filter_is_that_of_the_paper_tap_by_tap() -> None:
+    # The static part Z ⊗ 1, the shifted blocks, and the block transpose, as written there; its negative part cut off.
+    k, width = 5, 0.6
+
+    def bump(y: int, x: int) -> float:
+        return math.exp(-(y**2 + x**2) / (2 * width))
+
+    raw = torch.zeros(k * k, k * k, dtype=torch.float64)
+    for a, b, c, d in itertools.product(range(-2, 3), repeat=4):
+        static, shifted = bump(a, b), bump(c - a, d - b)
+        raw[5 * (a + 2) + b + 2, 5 * (c + 2) + d + 2] = static * (shifted - bump(c, d) / 2)
+    matrix = (raw + raw.T) / 2
+    # The nearest positive semi-definite matrix: what was added is one, too, and orthogonal to it.
+    found = draws.covariance((k, k), width)
+    added = found - matrix
+    assert float(torch.linalg.eigvalsh(found).min()) > -1e-12 and float(torch.linalg.eigvalsh(added).min()) > -1e-12
+    assert float((found @ added).abs().max()) < 1e-12
+    assert float(added.norm()) < 0.02 * float(matrix.norm())
+
+
+def test_the_penalty_arm_trains_towards_a_wider_field() -> None:
+    stds = {}
+    for name in ("he", "penalty-1"):
+        arm = arms.choose([name], [])[0]
+        task = arm.of(dataclasses.replace(far_pair(2, 3), steps=40, every=20, target=1.0))
+        net = arm.build(task.network, 0)
+        training.train(net, task, 0, CPU)
+        stds[name] = widerf.predict(net, task.erf_size, layer="features").std
+    assert stds["penalty-1"] > 1.05 * stds["he"]
 
 
 @pytest.mark.parametrize("name", ["inverse", "shuffled", "widened-1"])

@@ -31,7 +31,7 @@ def _filled(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
-    return (x / 6 + 0.5).clamp(0, 1)
+    return (x + 3).clamp(0, 6) / 6
 
 
 # Operators whose derivative, or its own, torch does not know, or knows for a single value only, by others of the same
