@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from experiments.compare.task import VALIDATION_SEED, Batch, Centre, Conv, Task, named
 from experiments.harness.inputs import InputError
+from widerf._checks import require
 from widerf.init.lasting import profile_of
 
 CHANNELS = 16
@@ -135,10 +136,16 @@ def trained(net: nn.Sequential) -> list[nn.Parameter]:
     return found
 
 
-def lasting_scale(module: nn.Module) -> Tensor:
-    """Return the factors of a lasting profile, 1 where there is none."""
-    profile = profile_of(module)
-    return torch.ones(1, 1, 1, 1) if profile is None else profile.scale
+def _scales(nets: Sequence[nn.Sequential]) -> list[Tensor | None]:
+    """Return the factors of each layer's lasting profile, None without one; all networks have to share them."""
+    found: list[Tensor | None] = []
+    for layers in zip(*([m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in nets), strict=True):
+        profiles = [profile_of(layer) for layer in layers]
+        scales = [profile.scale for profile in profiles if profile is not None]
+        alike = len(scales) in (0, len(nets)) and all(torch.equal(scale, scales[0]) for scale in scales)
+        require(alike, "nets", "share their lasting profiles", "different ones")
+        found.append(scales[0] if scales else None)
+    return found
 
 
 class Stack(nn.Module):
@@ -163,11 +170,8 @@ class Stack(nn.Module):
         self.size = len(nets)
         together = zip(*map(trained, nets), strict=True)
         self.stacked = nn.ParameterList([torch.stack([p.detach() for p in same]) for same in together])
-        self.scales = [lasting_scale(module) for module in self.convs]
-        for net in nets[1:]:
-            others = [lasting_scale(module) for module in net.modules() if isinstance(module, nn.Conv2d)]
-            if not all(torch.equal(a, b) for a, b in zip(self.scales, others, strict=True)):
-                raise ValueError("nets must have the same lasting profiles, got others")
+        for index, scale in enumerate(_scales(nets)):
+            self.register_buffer(f"scale{index}", scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """From images (batch, S, side, side) to logits (batch, S, 2)."""
@@ -175,8 +179,9 @@ class Stack(nn.Module):
         *layers, head, bias = self.stacked
         reaches = [conv.dilation[0] for conv in self.convs]
         for index, (reach, margin) in enumerate(zip(reaches, margins(side, reaches), strict=True)):
-            weight = (layers[2 * index] * self.scales[index].to(layers[0])).flatten(0, 1)
-            offset = layers[2 * index + 1].flatten()
+            weight, offset = layers[2 * index].flatten(0, 1), layers[2 * index + 1].flatten()
+            scale = getattr(self, f"scale{index}")
+            weight = weight if scale is None else weight * scale
             x = F.pad(x, [-margin] * 4) if margin > 0 else x
             x = F.conv2d(x, weight, offset, padding=max(0, -margin), dilation=reach, groups=self.size).relu_()
         units = x.view(len(x), self.size, -1)

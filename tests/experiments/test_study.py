@@ -101,6 +101,13 @@ def test_reweighting_by_soft_corners_is_what_the_initialiser_does() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_networks_with_other_profiles_are_no_stack() -> None:
+    nets = [arms.choose([name], [])[0].build(far_pair(2, 2).network, 0) for name in ("lasting", "lasting-0.2", "he")]
+    for other in nets[1:]:
+        with pytest.raises(ValueError, match="nets must share their lasting profiles"):
+            Stack([nets[0], other])
+
+
 @pytest.mark.parametrize("name", ["lasting", "lasting_only"])
 def test_lasting_arms_start_as_the_arms_that_do_not_last(name: str) -> None:
     task = far_pair(4)

@@ -184,6 +184,23 @@ def test_it_compiles_in_one_graph(build: Callable[[], nn.Sequential]) -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
+@all_nets
+def test_an_ensemble_runs_as_one_under_vmap(build: Callable[[], nn.Sequential]) -> None:
+    nets = [twins(build)[1] for _ in range(3)]
+    if build is sparse:
+        for net in nets[1:]:  # of one pattern
+            net[0].offsets, net[2].offsets = nets[0][0].offsets, nets[0][2].offsets
+    parameters, buffers = torch.func.stack_module_state(nets)
+    x = image(nets[0])
+
+    def one(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(nets[0], (p, b), (x,))
+
+    together = torch.vmap(one)(parameters, buffers)
+    for net, y in zip(nets, together, strict=True):
+        torch.testing.assert_close(y, net(x))
+
+
 def test_it_trains_under_ddp(tmp_path: object) -> None:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -300,8 +317,11 @@ def test_a_lasting_sparse_layer_is_made_dense_with_its_weights() -> None:
     net = twins(sparse)[1]
     x = image(net)
     expected = net(x)
-    torch.testing.assert_close(widerf.densify(net)(x), expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        widerf.densify(net)
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
     assert not scales(net)
+    assert all(p.requires_grad for p in net.parameters())
 
 
 # ── all or nothing ──────────────────────────────────────────────────────────────────────────────────────

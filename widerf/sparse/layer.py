@@ -259,7 +259,8 @@ class SparseConv(KeepsOffsets):
             device="meta",
             dtype=self.weight.dtype,
         )
-        conv.weight = nn.Parameter(self._scatter_weight(more, size), self.weight.requires_grad)
+        trained = any(p.requires_grad for name, p in self.named_parameters() if name != "bias")  # or what makes it
+        conv.weight = nn.Parameter(self._scatter_weight(more, size), trained)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return conv.train(self.training)
