@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 
 from experiments.compare.task import VALIDATION_SEED, Batch, Centre, Conv, Task, named
 from experiments.harness.inputs import InputError
-from widerf._checks import require
 from widerf.init.lasting import profile_of
 
 CHANNELS = 16
@@ -143,7 +142,8 @@ def _scales(nets: Sequence[nn.Sequential]) -> list[Tensor | None]:
         profiles = [profile_of(layer) for layer in layers]
         scales = [profile.scale for profile in profiles if profile is not None]
         alike = len(scales) in (0, len(nets)) and all(torch.equal(scale, scales[0]) for scale in scales)
-        require(alike, "nets", "share their lasting profiles", "different ones")
+        if not alike:
+            raise ValueError("nets must share their lasting profiles, got different ones")
         found.append(scales[0] if scales else None)
     return found
 
