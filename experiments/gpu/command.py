@@ -118,10 +118,10 @@ def kernels(device: torch.device, out: Path, seconds: float, small: bool, count:
     for layer in sweep.layers(small) if tune else ():
         row = {"part": "sweep", "heat": layer.name}
         run.attempt(row, 0 if small else 10, lambda layer=layer: sweep.run(layer, device, timed))  # type: ignore[misc]
-    for model, batch, side, compiled in race.networks(small):
-        row = {"part": "network", "heat": f"{model}, {batch}×3@{side}²", "arm": "compiled" if compiled else "eager"}
-        network: Any = (model, batch, side, compiled, device, 5 * timed)
-        needed = 0 if small else COMPILED if compiled else 15
+    for model, batch, side, way in race.networks(small):
+        row = {"part": "network", "heat": f"{model}, {batch}×3@{side}²", "arm": way}
+        network: Any = (model, batch, side, way, device, 5 * timed)
+        needed = 0 if small else COMPILED if way == "compiled" else 15
         run.attempt(row, needed, lambda network=network: iter([race.run_network(*network)]))  # type: ignore[misc]
     written = out / f"{stem}.md"
     write_whole(written, page(run.ledger.rows(), run.ledger.path.name))

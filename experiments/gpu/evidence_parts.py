@@ -114,7 +114,7 @@ def far_pair_stacks(cell: Cell, names: Sequence[str], seeds: range, rate: float,
 
 def far_pair_runs(device: torch.device, size: Size, data_dir: Path | None, rows: Rows) -> Iterator[Run]:
     """Yield the cells of the protocol, every arm that is a plain stack; the rate is the protocol's middle one."""
-    about, count = protocol("far-pair"), size(64, 2)
+    about, count = protocol("far-pair"), size(24, 2)
     names = [arm.name for arm in arms.choose(about.arms, []) if arm.taps != "sparse"]
     for cell in about.cells[: size(len(about.cells), 1)]:
         short = Cell(size(cell.steps, 20), cell.task, cell.options)
@@ -255,7 +255,7 @@ def cifar10_studies(device: torch.device, size: Size, data_dir: Path | None) -> 
     """Yield plain-20 without batch norm at k = 3, a net of 90 %, and plain-20 at k = 5, each under all initialisers."""
     pictures, names = partial(cifar10_pictures, data_dir, device), INIT[: size(len(INIT), 2)]
     plain = {k: tasks.plain20_network(k, width=size(16, 4), stem=size(1, 2)) for k in (3, 5)}
-    short, long = Plan(size(1000, 4), size(256, 8), 10), Plan(size(1400, 4), size(512, 8), 10)
+    short, long = Plan(size(700, 4), size(256, 8), 10), Plan(size(1400, 4), size(512, 8), 10)
     slow, fast = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
     common = {"said": {}, **_seeds(size)}
     yield Study("plain20", _initialised(plain[3], names), pictures, short, slow[: size(3, 1)], **common)

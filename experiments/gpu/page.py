@@ -34,16 +34,15 @@ def asked(rows: Sequence[Record]) -> list[tuple[str, float | None, float, str]]:
     forward, both, full = _worst(rows, HALF, "forward"), _worst(rows, HALF, "both"), _worst(rows, FULL, "both")
     nine = _relative(rows, "9 taps, blocks of 32", "dense 3×3")
     many = _relative(rows, "49 taps, blocks of 32", "dense 7×7")
-    step = _find(rows, "resnet50, 64×3@224²", "eager").get("ratio")
-    memory = _worst(rows, HALF, "bytes")
+    steps = {way: _find(rows, "resnet50, 64×3@224²", way) for way in ("graph", "eager", "compiled")}
     return [
         ("bf16, default pattern, forward, worst of four shapes", forward[0], 1.3, forward[1]),
         ("bf16, default pattern, forward + backward, worst of four shapes", both[0], 1.6, both[1]),
         ("TF32, default pattern, forward + backward, worst of four shapes", full[0], 2.0, full[1]),
         ("depthwise, 9 taps, forward + backward, to the 3×3", nine, 1.5, ""),
         ("depthwise, 49 taps, forward + backward, to the 7×7", many, 1.2, ""),
-        ("resnet50, training step, eager", step, 1.25, ""),
-        ("memory of a step, default pattern, worst of four shapes", memory[0], 1.2, memory[1]),
+        *((f"resnet50, training step, {way}", row.get("ratio"), 1.25, "") for way, row in steps.items()),
+        ("resnet50, most memory of a training step", steps["eager"].get("bytes ratio"), 1.2, ""),
     ]
 
 
@@ -81,8 +80,9 @@ def page(rows: Sequence[Record], source: str) -> str:
     lines = [
         f"# Kernels on {head['name']}",
         "",
-        f"PyTorch {head['torch']}. Times are medians in microseconds, ratios are to the first arm of the same heat."
-        f"{note} Made by `python -m experiments.gpu kernels`; every row is in [{source}]({source}).",
+        f"PyTorch {head['torch']}. Medians in microseconds of calls replayed as CUDA graphs; ratios are to the first arm "
+        f"of the heat, 'launched singly' with Python's launches.{note}",
+        f"Made by `python -m experiments.gpu kernels`; every row is in [{source}]({source}).",
         "",
         "## What was asked for",
         "",
@@ -97,12 +97,17 @@ def page(rows: Sequence[Record], source: str) -> str:
     ]  # fmt: skip
     for heat in dict.fromkeys(row["heat"] for row in rows if row["part"] in ("convolution", "depthwise", "rivals")):
         timed = [row for row in rows if row["heat"] == heat and "forward" in row]
-        keys = ("arm", "forward", "forward ratio", "both", "both ratio", "bytes ratio", "path")
-        titles = ("arm", "forward", "ratio", "forward + backward", "ratio", "memory", "path")
+        keys = ("arm", "forward", "forward ratio", "both", "both ratio", "eager both ratio", "bytes ratio", "path")
+        titles = ("arm", "forward", "ratio", "forward + backward", "ratio", "launched singly", "memory", "path")
         lines += ["", f"## {heat}", "", *_table(titles, [[row.get(key) for key in keys] for row in timed])]
     steps = [row for row in rows if row["part"] == "network" and "ratio" in row]
-    keys = ("heat", "arm", "plain", "converted", "ratio", "layers by path")
-    lines += ["", "## Training steps, milliseconds", "", *_table(keys, [[row[key] for key in keys] for row in steps])]
+    keys = ("heat", "arm", "plain", "converted", "ratio", "bytes ratio", "layers by path")
+    lines += [
+        "",
+        "## Training steps, milliseconds",
+        "",
+        *_table(keys, [[row.get(key) for key in keys] for row in steps]),
+    ]
     missing = [row for row in rows if "left out" in row or ("failed" in row and "case" not in row)]
     lines += ["", "## Left out", ""]
     lines += [f"- {row['heat']} {row['arm']}: {row.get('left out') or row['failed']}" for row in missing] or [

@@ -230,16 +230,12 @@ def run(heat: Heat, device: torch.device, seconds: float) -> Iterator[Record]:
         yield row | {f"{key} ratio": round(row[key] / first[key], 3) for key in timed}
 
 
-def networks(small: bool) -> list[tuple[str, int, int, bool]]:
-    """Return (timm model, batch, side, compiled) of the training steps."""
+def networks(small: bool) -> list[tuple[str, int, int, str]]:
+    """Return (timm model, batch, side, way) of the training steps: replayed as a graph, launched singly, compiled."""
     if small:
-        return [("test_resnet", 2, 64, False)]
-    return [
-        ("resnet50", 64, 224, False),
-        ("convnext_tiny", 64, 224, False),
-        ("resnet50", 64, 224, True),
-        ("convnext_tiny", 64, 224, True),
-    ]
+        return [("test_resnet", 2, 64, "eager")]
+    models = ("resnet50", "convnext_tiny")
+    return [(model, 64, 224, way) for way in ("graph", "eager", "compiled") for model in models]
 
 
 def _paths(model: nn.Module, step: Callable[[], None]) -> Record:
@@ -265,21 +261,36 @@ def _step(model: nn.Module, called: Any, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def run_network(name: str, batch: int, side: int, compiled: bool, device: torch.device, seconds: float) -> Record:
-    """Return milliseconds of a training step, plain and converted, in channels_last; on a GPU under bf16 autocast."""
+def _peak(step: Callable[[], None], device: torch.device) -> int | None:
+    """Return the most bytes that a step holds at once, parameters included."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def run_network(name: str, batch: int, side: int, way: str, device: torch.device, seconds: float) -> Record:
+    """Return milliseconds and bytes of a training step, plain and converted, channels_last; bf16 autocast on a GPU."""
     import timm
 
     x = torch.randn(batch, 3, side, side).to(device, memory_format=torch.channels_last)
-    row: Record = {"part": "network", "heat": f"{name}, {batch}×3@{side}²", "arm": "compiled" if compiled else "eager"}
+    row: Record = {"part": "network", "heat": f"{name}, {batch}×3@{side}²", "arm": way}
     for kind in ("plain", "converted"):
         model = timm.create_model(name, pretrained=False)
         if kind == "converted":
             convert(model, input_size=(3, side, side), seed=0)
         model = model.to(device, memory_format=torch.channels_last).train()
         row["layers by path"] = _paths(model, partial(_step, model, model, x))
-        called: Any = torch.compile(model) if compiled else model
+        called: Any = torch.compile(model) if way == "compiled" else model
         step = partial(_step, model, called, x)
         step()
-        row[kind] = round(microseconds(step, device, seconds) / 1e3, 3)
+        row[f"{kind} bytes"] = _peak(step, device)
+        row[kind] = round(microseconds(step, device, seconds, graph=way == "graph") / 1e3, 3)
+        del model, called, step
     row["ratio"] = round(row["converted"] / row["plain"], 3)
+    if row["plain bytes"]:
+        row["bytes ratio"] = round(row["converted bytes"] / row["plain bytes"], 3)
     return row

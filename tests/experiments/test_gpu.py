@@ -38,7 +38,7 @@ def test_without_time_every_part_is_named_as_left_out(tmp_path: Path) -> None:
     text = page(run.ledger.rows(), "rows.jsonl")
     assert "- resnet50 eager: 15 s needed, 0 s left" in text
     assert "- one : ZeroDivisionError" in text
-    assert [value for _, value, _, _ in asked(run.ledger.rows())] == [None] * 7
+    assert [value for _, value, _, _ in asked(run.ledger.rows())] == [None] * 9
 
 
 def test_the_worst_of_the_four_shapes_is_what_counts() -> None:

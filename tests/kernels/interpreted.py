@@ -41,8 +41,6 @@ class Case:
     layout: str = "contiguous"
     settings: tuple[tuple[str, Any], ...] = ()  # names of `widerf.kernels.cuda` for this case
     sizes: tuple[int, int, int] | None = None  # pixels, outputs and inputs of a program of `box_kernels`
-    together: int = 1  # taps of a program of its weight gradient
-    padded: bool = False  # whether a depthwise layer reads a copy with a border
     boxes: bool = False  # whether it is a layer for `box_kernels`
     seed: int = 0
 
@@ -132,9 +130,7 @@ def _set(case: Case) -> Iterator[None]:
 
     def sized(shape: configurations.Shape) -> configurations.Configuration:
         assert case.sizes
-        return configurations.fit(
-            shape, configurations.Configuration(*case.sizes, 4, 3, 40, case.together, case.padded)
-        )
+        return configurations.fit(shape, configurations.Configuration(*case.sizes, 4, 3, programs=40))
 
     choose = sized if case.sizes else configurations.from_table
     settings = dict(case.settings)

@@ -56,9 +56,10 @@ DEPTHWISE_WEIGHT = (
     ("mask dropped", "mask=inside & live,", f"mask={OUTSIDE},", DEPTHWISE),
     ("first block of channels again", "% row_blocks * BC", "% row_blocks * 0", DEPTHWISE_LAST),
 )
+HALF = "three blocks, bfloat16"
 BLOCKS, STRIDED, NARROW = "three blocks, sliced", "three blocks, strided", "window wider than the map, sliced"
 PARTS = "three blocks, strided channels_last"
-BORDER, BORDERED = "depthwise with a border, sliced", "depthwise with a border, strided channels_last"
+ELEVEN, FOLDED = "depthwise, thirteen taps, sliced", "parts and outputs of several blocks, sliced"
 BY_BLOCKS, HALVES = "depthwise by blocks, channels_last", "depthwise, half a block a program, sliced"
 
 BOX_PRODUCT = (
@@ -70,6 +71,9 @@ BOX_PRODUCT = (
     ("list of another block", "n0 // per_pattern * parts", "0 * parts", BLOCKS),
     ("first image again", "rest // row_tiles * BB", "rest // row_tiles * 0", NARROW),
     ("first block of outputs again", "program % n_blocks * BN", "program % n_blocks * 0", BLOCKS),
+    ("row of the weight is the first tap's", "(at >> 16) * ins", "0 * ins", BLOCKS),
+    ("column of the weight lost", "w.load([n0, ", "w.load([n0 * 0, ", BLOCKS),
+    ("tap of the weight lost", "at >> 16, n0])", "0, n0])", HALF),
     ("row within the stride lost", "place >> 24", "0", STRIDED),
     ("column part lost", "part % COLUMN_PARTS * outs", "0 * outs", PARTS),
 )
@@ -77,17 +81,12 @@ BOX_WEIGHT = (
     ("chunk starts off by one tile", "range(split,", "range(split + 1,", BLOCKS),
     ("chunk ends off by one image tile", "met * image_tiles", "met * (image_tiles - 1)", NARROW),
     ("tile read ahead is another's", "(i + splits) % met", "(i + splits + 1) % met", BLOCKS),
-    ("shift negated", "column + x1", "column - x1", BLOCKS),
-    ("second tap is the first", "tl.minimum(t0 + 1,", "tl.minimum(t0,", BLOCKS),
-    ("third tap is the second", "tl.minimum(t0 + 2,", "tl.minimum(t0 + 1,", NARROW),
-    ("list of another group of taps", "(taps, TAPS) + group)", "(taps, TAPS))", NARROW),
-    ("list of another block", "block * tl.cdiv", "0 * tl.cdiv", NARROW),
+    ("shift negated", "column + dx", "column - dx", BLOCKS),
     ("mask off by one", "(n < outs)", "(n < outs - 1)", BLOCKS),
     ("first block of inputs again", "// n_blocks % c_blocks * BC", "// n_blocks % c_blocks * 0", BLOCKS),
 )
 BOX_DEPTHWISE = (
-    ("shift negated", "row * stride_y + dy", "row * stride_y - dy", BY_BLOCKS),
-    ("shift into the border negated", "(dy * row_step", "(-dy * row_step", BORDER),
+    ("shift negated", "row * stride_y + tl", "row * stride_y - tl", BY_BLOCKS),
     ("mask of rows off by one", "row < out_height", "row < out_height - 1", BY_BLOCKS),
     ("taps of the first block", "c0 // per_block * taps", "0 * taps", BY_BLOCKS),
     ("first block of channels again", "program % c_blocks * BC", "program % c_blocks * 0", BY_BLOCKS),
@@ -97,16 +96,32 @@ BOX_SHIFTED = (
     ("mask dropped before", "(column >= 0)", "(column >= -1)", BY_BLOCKS),
     ("mask dropped behind", "(column < width)", "(column < width + 1)", HALVES),
 )
-BOX_WITHIN = (("stride lost", "out_width - 1) * stride_x", "out_width - 1)", BORDERED),)
 BOX_DEPTHWISE_WEIGHT = (
     ("chunk starts off by one tile", "range(tl.program_id(1),", "range(tl.program_id(1) + 1,", BY_BLOCKS),
     ("chunk ends off by one tile", "tiles, tl.num", "tiles - 1, tl.num", BY_BLOCKS),
-    ("shift negated", "u + x2", "u - x2", BY_BLOCKS),
     ("mask dropped", "(column < out_width)", "(column < out_width + 1)", HALVES),
-    ("shift into the border negated", "(y1 * row_step", "(-y1 * row_step", BORDER),
-    ("third tap is the second", "tl.minimum(t0 + 2,", "tl.minimum(t0 + 1,", HALVES),
     ("first block of channels again", "c0 = program % c_blocks * BC", "c0 = program % c_blocks * 0", BY_BLOCKS),
-)  # fmt: skip
+    *(
+        (f"tap {k} negated", f"u + x{k}", f"u - x{k}", case)
+        for k, case in enumerate((BY_BLOCKS, BY_BLOCKS, HALVES, HALVES, HALVES, ELEVEN, ELEVEN))
+    ),
+    *(
+        (f"tap {k} is the one before", f"first, t0 + {k}, taps", f"first, t0 + {k - 1}, taps", case)
+        for k, case in enumerate((BY_BLOCKS, HALVES, HALVES, HALVES, ELEVEN, ELEVEN), 1)
+    ),
+    *(
+        (f"tap {k} kept elsewhere", f"tl.minimum(t0 + {k}, taps - 1) *", f"tl.minimum(t0 + {k - 1}, taps - 1) *", case)
+        for k, case in enumerate((BY_BLOCKS, HALVES, HALVES, HALVES, ELEVEN, ELEVEN), 1)
+    ),
+)
+BOX_TAP = (("last tap beyond a block is the next", "taps - 1", "taps", ELEVEN),)
+BOX_FOLD = (
+    ("parts beyond the first few lost", "range(0, splits, BS)", "range(0, tl.minimum(splits, BS), BS)", FOLDED),
+    ("a part beyond the last", "(s < splits)", "(s < splits + 1)", FOLDED),
+    ("first block of outputs again", "program % n_blocks * BN", "program % n_blocks * 0", FOLDED),
+    ("first block of inputs again", "n_blocks % c_blocks * BC", "n_blocks % c_blocks * 0", FOLDED),
+    ("tap of another", "+ c[:, None]) * taps + t", "+ c[:, None]) * taps", FOLDED),
+)
 FAULTS = {
     "implicit_gemm": PRODUCT,
     "weight_gemm": WEIGHT,
@@ -116,7 +131,8 @@ FAULTS = {
     "weight_product": BOX_WEIGHT,
     "depthwise_sum": BOX_DEPTHWISE,
     "_shifted": BOX_SHIFTED,
-    "_within": BOX_WITHIN,
     "depthwise_weight": BOX_DEPTHWISE_WEIGHT,
+    "_tap": BOX_TAP,
+    "fold": BOX_FOLD,
 }
 MUTANTS = [Mutant(kernel, *fault) for kernel, faults in FAULTS.items() for fault in faults]

@@ -109,7 +109,7 @@ class Launch:
         pixels = named["BB"] * named["BH"] * named["BW"]
         other = named["BC"] * named["BN"] if self.kernel.__name__ == "product" else pixels * named["BN"]
         width = 4 if "fp32[" in dict(self.signature)["x"] else 2
-        return (pixels * named["BC"] * named.get("TAPS", 1) + other) * width
+        return (pixels * named["BC"] + other) * width
 
     @property
     def stages(self) -> int:

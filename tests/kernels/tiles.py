@@ -31,24 +31,11 @@ OLD = (("BOXES", False),)  # also where the layer could be computed by boxes
 BOXES = {
     # 3 images of 7 × 9 in tiles of 16 pixels, 3 blocks of 16 inputs, 40 outputs in tiles of 32 and 8.
     "three blocks": Case(
-        rows=(0,) * 16 + (1,) * 16 + (2,) * 16,
-        outs=40,
-        kernel=(1, 3),
-        batch=3,
-        size=(7, 9),
-        sizes=(16, 32, 16),
-        together=2,
+        rows=(0,) * 16 + (1,) * 16 + (2,) * 16, outs=40, kernel=(1, 3), batch=3, size=(7, 9), sizes=(16, 32, 16)
     ),
     "steps of half a block": Case(rows=(0,) * 32 + (1,) * 32, outs=24, kernel=(1, 2), size=(9, 11), sizes=(32, 16, 16)),
     "window wider than the map": Case(
-        rows=(0,) * 16 + (1,) * 16,
-        outs=20,
-        kernel=(2, 2),
-        batch=5,
-        size=(5, 3),
-        reach=8,
-        sizes=(16, 16, 16),
-        together=3,
+        rows=(0,) * 16 + (1,) * 16, outs=20, kernel=(2, 2), batch=5, size=(5, 3), reach=8, sizes=(16, 16, 16)
     ),
     "depthwise by blocks": Case(
         rows=(0,) * 32 + (1,) * 64, outs=96, groups=96, kernel=(2, 2), batch=3, size=(9, 19), sizes=(32, 1, 32)
@@ -56,15 +43,13 @@ BOXES = {
     "depthwise, half a block a program": Case(
         rows=(0,) * 32 + (1,) * 32, outs=64, groups=64, kernel=(1, 5), size=(5, 21), sizes=(16, 1, 16)
     ),
-    "depthwise with a border": Case(
-        rows=(0,) * 16 + (1,) * 16,
-        outs=32,
-        groups=32,
-        kernel=(2, 2),
-        batch=3,
-        size=(7, 19),
-        sizes=(32, 1, 16),
-        padded=True,
+    # Thirteen taps, seven a program: one more than are left in the second group.
+    "depthwise, thirteen taps": Case(
+        rows=(0,) * 16 + (1,) * 16, outs=32, groups=32, kernel=(1, 13), size=(5, 21), sizes=(32, 1, 16)
+    ),
+    # A weight gradient of 40 programs over 2 taps: 20 parts, of which eight are added up at a time; outputs beyond 64.
+    "parts and outputs of several blocks": Case(
+        rows=(0,) * 16, outs=80, kernel=(1, 2), batch=3, size=(9, 17), sizes=(16, 32, 16)
     ),
 }
 FORMS: dict[str, dict[str, Any]] = {
@@ -102,8 +87,8 @@ FAST = (
     "depthwise by blocks, strided",
     "depthwise, half a block a program, sliced",
     "depthwise, half a block a program, float16, channels_last",
-    "depthwise with a border, sliced",
-    "depthwise with a border, strided channels_last",
+    "depthwise, thirteen taps, sliced",
+    "parts and outputs of several blocks, sliced",
 )
 
 
@@ -149,8 +134,6 @@ def drawn_blocks(seed: int) -> Case:
         dtype=dtype,
         layout=of.choice(("contiguous", "channels_last", "sliced", "transposed")),
         sizes=of.choice((None, sizes, sizes, sizes)),
-        together=of.choice((1, 2, 3)),
-        padded=of.random() < 0.5,
         boxes=True,
         seed=seed,
     )

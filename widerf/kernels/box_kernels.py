@@ -19,14 +19,14 @@ from widerf.kernels.triton_kernels import jit, tl
 
 @jit
 def product(
-    x, w, y, steps, spans, n_blocks, column_tiles, row_tiles, parts, per_pattern, outs,
+    x, w, y, steps, spans, n_blocks, column_tiles, row_tiles, parts, per_pattern, ins, outs,
     BB: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
     COLUMN_PARTS: tl.constexpr, TURN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Add up, for a tile of BB × BH × BW pixels and BN outputs, the boxes of x times rows of w that its list names.
 
-    ``x`` and ``y`` describe images taken apart by a stride, (batch, rows, s, columns, s·channels), ``w`` the matrix
-    (taps·channels, outs), its transpose with ``TURN``. A block of ``per_pattern`` outputs has a list of its own.
+    ``x`` and ``y`` describe images taken apart by a stride, (batch, rows, s, columns, s·channels), ``w`` the weight as
+    (ins, taps, outs), with ``TURN`` as (outs, taps·ins). A block of ``per_pattern`` outputs has a list of its own.
     """
     program = tl.program_id(0)
     n0 = program % n_blocks * BN
@@ -49,7 +49,10 @@ def product(
     for s in range(start, stop):
         box = x.load([image, row + (shift >> 16), place >> 24, column + ((shift << 16) >> 16), place & 0xFFFFFF])
         values = tl.reshape(box, (BB * BH * BW, BC))
-        weights = w.load([n0, at]).T if TURN else w.load([at, n0])
+        if TURN:
+            weights = w.load([n0, (at >> 16) * ins + (at & 0xFFFF)]).T
+        else:
+            weights = tl.reshape(w.load([at & 0xFFFF, at >> 16, n0]), (BC, BN))
         ahead = tl.minimum(s + 1, stop - 1)
         shift = tl.load(steps + 3 * ahead)
         place = tl.load(steps + 3 * ahead + 1)
@@ -63,94 +66,51 @@ def product(
 
 
 @jit
-def _shift_of(shifts, entry):
-    """Row, column, row within the stride and first channel of the box of one (block, tap)."""
-    shift = tl.load(shifts + 2 * entry)
-    place = tl.load(shifts + 2 * entry + 1)
-    return shift >> 16, (shift << 16) >> 16, place >> 24, place & 0xFFFFFF
-
-
-@jit
-def _add_product(
-    acc, x, grads, image, row, cell, column, channel,
-    PIXELS: tl.constexpr, BC: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Add to ``acc`` the product of a box of x, as pixels × channels, and of the gradients of the same pixels."""
-    values = tl.reshape(x.load([image, row, cell, column, channel]), (PIXELS, BC))
-    if WIDEN:
-        values = values.to(tl.float32)
-    if SWAP:
-        return tl.dot(tl.trans(grads), values, acc, input_precision=PRECISION)
-    return tl.dot(tl.trans(values), grads, acc, input_precision=PRECISION)
-
-
-@jit
 def weight_product(
     x, g, scratch, shifts, tiles, spans, n_blocks, c_blocks, column_tiles, image_tiles, ins, outs, taps, per_block,
-    BB: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, TAPS: tl.constexpr,
+    BB: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``scratch[s, t, c, n] = Σ x[pixel + shift, c] · g[pixel, n]`` over the s-th part of the tiles that tap t meets.
 
-    A program computes ``TAPS`` taps, 1 to 3, that share the gradients it loads; ``spans`` are of such groups of taps.
-    Where a block has fewer left, its last tap is computed more than once, and the same numbers written.
-    Grid: (groups of taps × blocks of inputs × blocks of outputs, parts). The parts are added up by a second pass, in
-    order. With ``SWAP`` the transpose is computed: the tensor cores of 9.0 want 64 rows or more.
+    Grid: (taps × blocks of inputs × blocks of outputs, parts). The parts are added up by a second pass, in order.
+    With ``SWAP`` the transpose is computed: the tensor cores of 9.0 want 64 rows or more.
     """
     program = tl.program_id(0)
     n0 = program % n_blocks * BN
     c0 = program // n_blocks % c_blocks * BC
-    group = program // (n_blocks * c_blocks)
+    t = program // (n_blocks * c_blocks)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
-    block = c0 // per_block
-    t0 = group * TAPS
-    t1 = tl.minimum(t0 + 1, taps - 1)
-    t2 = tl.minimum(t0 + 2, taps - 1)
-    y0, x0, cell0, at0 = _shift_of(shifts, block * taps + t0)
-    y1, x1, cell1, at1 = _shift_of(shifts, block * taps + t1)
-    y2, x2, cell2, at2 = _shift_of(shifts, block * taps + t2)
-    span = spans + 2 * (block * tl.cdiv(taps, TAPS) + group)
-    start = tl.load(span)
-    met = tl.load(span + 1) - start
-    ROWS: tl.constexpr = BN if SWAP else BC
-    COLUMNS: tl.constexpr = BC if SWAP else BN
-    a0 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if TAPS > 1:
-        a1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if TAPS > 2:
-        a2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    PIXELS: tl.constexpr = BB * BH * BW
+    entry = c0 // per_block * taps + t
+    shift = tl.load(shifts + 2 * entry)
+    place = tl.load(shifts + 2 * entry + 1)
+    dy = shift >> 16
+    dx = (shift << 16) >> 16
+    start = tl.load(spans + 2 * entry)
+    met = tl.load(spans + 2 * entry + 1) - start
+    acc = tl.zeros((BN, BC), dtype=tl.float32) if SWAP else tl.zeros((BC, BN), dtype=tl.float32)
     tile = tl.load(tiles + start + split % tl.maximum(met, 1))
     for i in range(split, met * image_tiles, splits):
         row = tile // column_tiles * BH
         column = tile % column_tiles * BW
         image = i // met * BB
-        grads = tl.reshape(g.load([image, row, 0, column, n0]), (PIXELS, BN))
+        box = x.load([image, row + dy, place >> 24, column + dx, (place & 0xFFFFFF) + c0])
+        values = tl.reshape(box, (BB * BH * BW, BC))
+        grads = tl.reshape(g.load([image, row, 0, column, n0]), (BB * BH * BW, BN))
         tile = tl.load(tiles + start + (i + splits) % met)
         if WIDEN:
+            values = values.to(tl.float32)
             grads = grads.to(tl.float32)
-        a0 = _add_product(
-            a0, x, grads, image, row + y0, cell0, column + x0, at0 + c0, PIXELS, BC, SWAP, PRECISION, WIDEN
-        )
-        if TAPS > 1:
-            a1 = _add_product(
-                a1, x, grads, image, row + y1, cell1, column + x1, at1 + c0, PIXELS, BC, SWAP, PRECISION, WIDEN
-            )
-        if TAPS > 2:
-            a2 = _add_product(
-                a2, x, grads, image, row + y2, cell2, column + x2, at2 + c0, PIXELS, BC, SWAP, PRECISION, WIDEN
-            )
+        if SWAP:
+            acc = tl.dot(tl.trans(grads), values, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(values), grads, acc, input_precision=PRECISION)
     c = c0 + tl.arange(0, BC)
     n = n0 + tl.arange(0, BN)
-    inside = (c < ins)[:, None] & (n < outs)[None, :]
-    to = scratch + (split * taps * ins + c).to(tl.int64)[:, None] * outs + n[None, :]
-    step = tl.cast(ins, tl.int64) * outs
-    tl.store(to + t0 * step, tl.trans(a0) if SWAP else a0, mask=inside)
-    if TAPS > 1:
-        tl.store(to + t1 * step, tl.trans(a1) if SWAP else a1, mask=inside)
-    if TAPS > 2:
-        tl.store(to + t2 * step, tl.trans(a2) if SWAP else a2, mask=inside)
+    to = ((split * taps + t) * ins + c).to(tl.int64)[:, None] * outs + n[None, :]
+    total = tl.trans(acc) if SWAP else acc
+    tl.store(scratch + to, total, mask=(c < ins)[:, None] & (n < outs)[None, :])
 
 
 @jit
@@ -178,24 +138,14 @@ def _shifted(
 
 
 @jit
-def _within(x, channels, row, column, out_height, out_width, stride_y, stride_x, row_step, column_step):
-    """Addresses of the channels of strided pixels; pixels beyond the map are its last row and column."""
-    v = tl.minimum(row, out_height - 1) * stride_y
-    u = tl.minimum(column, out_width - 1) * stride_x
-    return x + (v * row_step + u * column_step)[:, None] + channels[None, :]
-
-
-@jit
 def depthwise_sum(
     x, w, y, shifts, c_blocks, column_tiles, row_tiles,
     height, width, out_height, out_width, channels, per_block, stride_y, stride_x, divisor_y, divisor_x, taps,
-    UNROLL: tl.constexpr, DIVIDE: tl.constexpr, PADDED: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    UNROLL: tl.constexpr, DIVIDE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``y[b, u, v, c] = Σ_t w[t, c] · x[b, (stride (u, v) + shifts[block of c, t]) / divisor, c]``, channels_last.
 
-    The loads of ``UNROLL`` taps, a divisor of their number, are under way at once. With ``PADDED`` x has a border wide
-    enough for all taps, and pixels of a tile beyond the map read what its last row and column do.
+    The loads of ``UNROLL`` taps, a divisor of their number, are under way at once.
     """
     program = tl.program_id(0)
     c0 = program % c_blocks * BC
@@ -204,71 +154,111 @@ def depthwise_sum(
     source = x + image * height * width * channels
     acc = tl.zeros((BH * BW, BC), dtype=tl.float32)
     first = shifts + 2 * (c0 // per_block * taps)
-    row_step = width * channels
-    if PADDED:
-        at = _within(source, c, row, column, out_height, out_width, stride_y, stride_x, row_step, channels)
     for t0 in range(0, taps, UNROLL):
         for j in tl.static_range(UNROLL):
-            dy = tl.load(first + 2 * (t0 + j))
-            dx = tl.load(first + 2 * (t0 + j) + 1)
-            if PADDED:
-                values = tl.load(at + (dy * row_step + dx * channels)).to(tl.float32)
-            else:
-                v = row * stride_y + dy
-                u = column * stride_x + dx
-                values = _shifted(source, c, v, u, height, width, row_step, channels, divisor_y, divisor_x, DIVIDE)
+            at_y = row * stride_y + tl.load(first + 2 * (t0 + j))
+            at_x = column * stride_x + tl.load(first + 2 * (t0 + j) + 1)
+            values = _shifted(
+                source, c, at_y, at_x, height, width, width * channels, channels, divisor_y, divisor_x, DIVIDE
+            )
             acc += values * tl.load(w + (t0 + j) * channels + c).to(tl.float32)[None, :]
     to = y + image * out_height * out_width * channels + ((row * out_width + column) * channels)[:, None] + c[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=((row < out_height) & (column < out_width))[:, None])
 
 
 @jit
-def depthwise_weight(
+def _tap(shifts, first, number, taps):
+    """Row and column of a tap of a block; of the last one beyond it."""
+    at = shifts + 2 * (first + tl.minimum(number, taps - 1))
+    return tl.load(at), tl.load(at + 1)
+
+
+@jit
+def depthwise_weight(  # noqa: C901  # seven sums, each under its condition
     x, g, scratch, shifts, c_blocks, tiles, column_tiles, row_tiles,
     height, width, out_height, out_width, channels, per_block, stride_y, stride_x, taps,
-    PADDED: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    TAPS: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``scratch[s, t, c] = Σ x[pixel + shift, c] · g[pixel, c]`` over the s-th part of the tiles, three taps a program.
+    """``scratch[s, t, c] = Σ x[pixel + shift, c] · g[pixel, c]`` over the s-th part of the tiles, ``TAPS`` a program.
 
-    Products are kept for each pixel of a tile and folded once, at the end; three taps share a loaded gradient.
-    ``PADDED`` as in `depthwise_sum`.
-    Grid: (blocks of channels × threes of taps, parts).
+    Products are kept for each pixel of a tile and folded once, at the end; up to seven taps share a loaded gradient.
+    Where fewer are left, the last one is computed more than once, and the same numbers written.
+    Grid: (blocks of channels × groups of taps, parts).
     """
     program = tl.program_id(0)
     c0 = program % c_blocks * BC
     c = c0 + tl.arange(0, BC)
-    t0 = program // c_blocks * 3
-    t1 = tl.minimum(t0 + 1, taps - 1)
-    t2 = tl.minimum(t0 + 2, taps - 1)
-    first = shifts + 2 * (c0 // per_block * taps)
-    y0 = tl.load(first + 2 * t0)
-    x0 = tl.load(first + 2 * t0 + 1)
-    y1 = tl.load(first + 2 * t1)
-    x1 = tl.load(first + 2 * t1 + 1)
-    y2 = tl.load(first + 2 * t2)
-    x2 = tl.load(first + 2 * t2 + 1)
+    t0 = program // c_blocks * TAPS
+    first = c0 // per_block * taps
+    y0, x0 = _tap(shifts, first, t0, taps)
+    y1, x1 = _tap(shifts, first, t0 + 1, taps)
+    y2, x2 = _tap(shifts, first, t0 + 2, taps)
+    y3, x3 = _tap(shifts, first, t0 + 3, taps)
+    y4, x4 = _tap(shifts, first, t0 + 4, taps)
+    y5, x5 = _tap(shifts, first, t0 + 5, taps)
+    y6, x6 = _tap(shifts, first, t0 + 6, taps)
     a0 = tl.zeros((BH * BW, BC), dtype=tl.float32)
-    a1 = tl.zeros((BH * BW, BC), dtype=tl.float32)
-    a2 = tl.zeros((BH * BW, BC), dtype=tl.float32)
-    row_step = width * channels
+    a1 = a0
+    a2 = a0
+    a3 = a0
+    a4 = a0
+    a5 = a0
+    a6 = a0
+    step = width * channels
     for i in range(tl.program_id(1), tiles, tl.num_programs(1)):
         row, column, image = _pixels(i, column_tiles, row_tiles, BH, BW)
         inside = ((row < out_height) & (column < out_width))[:, None]
         at = ((row * out_width + column) * channels)[:, None] + c[None, :]
         grads = tl.load(g + image * out_height * out_width * channels + at, mask=inside, other=0.0).to(tl.float32)
-        source = x + image * height * width * channels
-        if PADDED:
-            there = _within(source, c, row, column, out_height, out_width, stride_y, stride_x, row_step, channels)
-            a0 += grads * tl.load(there + (y0 * row_step + x0 * channels)).to(tl.float32)
-            a1 += grads * tl.load(there + (y1 * row_step + x1 * channels)).to(tl.float32)
-            a2 += grads * tl.load(there + (y2 * row_step + x2 * channels)).to(tl.float32)
-        else:
-            v = row * stride_y
-            u = column * stride_x
-            a0 += grads * _shifted(source, c, v + y0, u + x0, height, width, row_step, channels, 1, 1, False)
-            a1 += grads * _shifted(source, c, v + y1, u + x1, height, width, row_step, channels, 1, 1, False)
-            a2 += grads * _shifted(source, c, v + y2, u + x2, height, width, row_step, channels, 1, 1, False)
+        there = x + image * height * width * channels
+        v = row * stride_y
+        u = column * stride_x
+        a0 += grads * _shifted(there, c, v + y0, u + x0, height, width, step, channels, 1, 1, False)
+        if TAPS > 1:
+            a1 += grads * _shifted(there, c, v + y1, u + x1, height, width, step, channels, 1, 1, False)
+        if TAPS > 2:
+            a2 += grads * _shifted(there, c, v + y2, u + x2, height, width, step, channels, 1, 1, False)
+        if TAPS > 3:
+            a3 += grads * _shifted(there, c, v + y3, u + x3, height, width, step, channels, 1, 1, False)
+        if TAPS > 4:
+            a4 += grads * _shifted(there, c, v + y4, u + x4, height, width, step, channels, 1, 1, False)
+        if TAPS > 5:
+            a5 += grads * _shifted(there, c, v + y5, u + x5, height, width, step, channels, 1, 1, False)
+        if TAPS > 6:
+            a6 += grads * _shifted(there, c, v + y6, u + x6, height, width, step, channels, 1, 1, False)
     to = scratch + tl.program_id(1) * taps * channels + c
     tl.store(to + t0 * channels, tl.sum(a0, axis=0))
-    tl.store(to + t1 * channels, tl.sum(a1, axis=0), mask=(c >= 0) & (t0 + 1 < taps))
-    tl.store(to + t2 * channels, tl.sum(a2, axis=0), mask=(c >= 0) & (t0 + 2 < taps))
+    if TAPS > 1:
+        tl.store(to + tl.minimum(t0 + 1, taps - 1) * channels, tl.sum(a1, axis=0))
+    if TAPS > 2:
+        tl.store(to + tl.minimum(t0 + 2, taps - 1) * channels, tl.sum(a2, axis=0))
+    if TAPS > 3:
+        tl.store(to + tl.minimum(t0 + 3, taps - 1) * channels, tl.sum(a3, axis=0))
+    if TAPS > 4:
+        tl.store(to + tl.minimum(t0 + 4, taps - 1) * channels, tl.sum(a4, axis=0))
+    if TAPS > 5:
+        tl.store(to + tl.minimum(t0 + 5, taps - 1) * channels, tl.sum(a5, axis=0))
+    if TAPS > 6:
+        tl.store(to + tl.minimum(t0 + 6, taps - 1) * channels, tl.sum(a6, axis=0))
+
+
+@jit
+def fold(
+    scratch, out, splits, taps, ins, outs, n_blocks, c_blocks,
+    BS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """``out[n, c, t] = Σ_s scratch[s, t, c, n]``, the parts in order, ``BS`` at a time."""
+    program = tl.program_id(0)
+    n = program % n_blocks * BN + tl.arange(0, BN)
+    c = program // n_blocks % c_blocks * BC + tl.arange(0, BC)
+    t = program // (n_blocks * c_blocks)
+    inside = (c < ins)[:, None] & (n < outs)[None, :]
+    at = (t * ins + c).to(tl.int64)[:, None] * outs + n[None, :]
+    step = tl.cast(taps, tl.int64) * ins * outs
+    total = tl.zeros((BC, BN), dtype=tl.float32)
+    for s0 in range(0, splits, BS):
+        s = s0 + tl.arange(0, BS)
+        live = (s < splits)[:, None, None] & inside[None, :, :]
+        total += tl.sum(tl.load(scratch + (s * step)[:, None, None] + at[None, :, :], mask=live, other=0.0), axis=0)
+    to = (n.to(tl.int64)[None, :] * ins + c[:, None]) * taps + t
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)

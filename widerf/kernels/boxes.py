@@ -110,8 +110,9 @@ def _touches(first: Integers, tiles: int, size: int, length: int) -> np.ndarray[
 class Steps(NamedTuple):
     """The work of all tiles.
 
-    A row of ``steps`` is (row · 2¹⁶ | column of the box's shift, row within a stride · 2²⁴ | first channel, first row
-    of the weight); a row of ``spans`` is (first, last + 1) of the steps of one (pattern, part, row tile, column tile).
+    A row of ``steps`` is (row · 2¹⁶ | column of the box's shift, row within a stride · 2²⁴ | first channel of the box,
+    tap · 2¹⁶ | first channel of the weight); a row of ``spans`` is (first, last + 1) of the steps of one
+    (pattern, part, row tile, column tile).
     """
 
     steps: np.ndarray[Any, np.dtype[np.int32]]
@@ -155,7 +156,7 @@ def _all_steps(
         tap, cell, within = _taps_of_part(own, stride, part, transposed)
         place = _pack(within[:, 0], within[:, 1] * channels + first, 24)
         taps.append(tap)
-        rows.append(np.stack((_pack(cell[:, 0], cell[:, 1], 16), place, tap * channels + first), 1))
+        rows.append(np.stack((_pack(cell[:, 0], cell[:, 1], 16), place, _pack(tap, first, 16)), 1))
         moves.append(cell)
     order = np.argsort(np.concatenate(taps), kind="stable")  # tap by tap, for the cache
     return np.concatenate(rows)[order], np.concatenate(moves)[order]
@@ -205,29 +206,23 @@ def make_steps(
 
 
 class Reads(NamedTuple):
-    """What a weight gradient reads: of each (block, tap) the shift, as in `Steps`; the tiles a group of taps meets."""
+    """What a weight gradient reads: of each (block, tap) the shift, as in `Steps`, and the tiles that it meets."""
 
     shifts: np.ndarray[Any, np.dtype[np.int32]]  # (blocks · taps, 2)
     tiles: np.ndarray[Any, np.dtype[np.int32]]
-    spans: np.ndarray[Any, np.dtype[np.int32]]  # (blocks · groups, 2): first and last + 1 of its ``tiles``
+    spans: np.ndarray[Any, np.dtype[np.int32]]  # (blocks · taps, 2): first and last + 1 of its ``tiles``
 
 
 def make_reads(
-    shifts: np.ndarray[Any, Any], stride: Sequence[int], size: Sequence[int], grid: Grid, channels: int, together: int
+    shifts: np.ndarray[Any, Any], stride: Sequence[int], size: Sequence[int], grid: Grid, channels: int
 ) -> Reads:
-    """List what each tap of each block of channels reads; arguments as in `make_steps`.
-
-    ``together`` neighbouring taps are a group, the last of a block may be a smaller one; it meets what one of them
-    meets.
-    """
+    """List what each tap of each block of channels reads; arguments as in `make_steps`."""
     flat = np.asarray(shifts, np.int64).reshape(-1, 2)
     _, cell, within = _taps_of_part(flat, stride, (0, 0), False)
     y = _touches(cell[:, 0], grid.rows, grid.tile.rows, size[0])
     x = _touches(cell[:, 1], grid.columns, grid.tile.columns, size[1])
-    live = (y[:, :, None] & x[:, None, :]).reshape(len(shifts), -1, grid.rows * grid.columns)
-    firsts = np.arange(0, live.shape[1], together)
-    met = np.logical_or.reduceat(live, firsts, axis=1).reshape(-1, live.shape[2])
-    tiles, spans = _lists(np.arange(met.shape[1]), met, 0)
+    live = (y[:, :, None] & x[:, None, :]).reshape(len(flat), grid.rows * grid.columns)
+    tiles, spans = _lists(np.arange(live.shape[1]), live, 0)
     packed = np.stack([_pack(cell[:, 0], cell[:, 1], 16), _pack(within[:, 0], within[:, 1] * channels, 24)], 1)
     return Reads(packed.astype(np.uint32).view(np.int32), np.append(tiles, 0).astype(np.int32), spans.astype(np.int32))
 
@@ -241,5 +236,5 @@ def share_of_work(shifts: np.ndarray[Any, Any], batch: int, size: Sequence[int],
         0.33
     """
     grid = cover(batch, size[0], size[1], pixels)
-    live = make_reads(shifts, (1, 1), size, grid, 16, 1).spans
+    live = make_reads(shifts, (1, 1), size, grid, 16).spans
     return float((live[:, 1] - live[:, 0]).mean()) / (grid.rows * grid.columns)

@@ -6,6 +6,7 @@ The table holds what was fastest on one H100 among a dozen candidates (forward, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from widerf.kernels.boxes import ceil_div, power
 
 PROCESSORS = 132  # of an H100: fewer programs leave some idle
+SMALL = 196  # pixels of a map
 SHARED = 227 * 1024  # bytes of a block
 LEAST = 16  # the narrowest side of a matrix product
 
@@ -41,8 +43,6 @@ class Configuration:
         warps: of a program.
         stages: steps that are under way at once.
         programs: into about how many programs a weight gradient is cut.
-        taps: of a program in a weight gradient, 1 to 3.
-        padded: whether a depthwise layer reads a copy of its image with a border, and needs no masks.
     """
 
     pixels: int
@@ -51,26 +51,24 @@ class Configuration:
     warps: int
     stages: int
     programs: int = 1056
-    taps: int = 1
-    padded: bool = False
 
 
-# For at most so many outputs, or any number (0).
+# Fastest of `candidates` on one H200 (see docs/results): for at most so many outputs, or any number (0).
 _Class = tuple[tuple[int, Configuration], ...]
 TABLE: dict[tuple[str, str], _Class] = {
-    ("forward", "16-bit"): ((64, Configuration(256, 64, 64, 8, 3)), (0, Configuration(128, 128, 64, 4, 4))),
-    ("grad_input", "16-bit"): ((64, Configuration(256, 64, 64, 8, 3)), (0, Configuration(128, 128, 64, 4, 4))),
-    ("grad_weight", "16-bit"): ((0, Configuration(64, 128, 64, 4, 4)),),
-    ("forward", "tf32"): ((64, Configuration(128, 64, 32, 4, 4)), (0, Configuration(128, 128, 32, 8, 4))),
-    ("grad_input", "tf32"): ((64, Configuration(128, 64, 32, 4, 4)), (0, Configuration(128, 128, 32, 8, 4))),
+    ("forward", "16-bit"): ((64, Configuration(128, 64, 64, 4, 4)), (0, Configuration(128, 128, 64, 8, 4))),
+    ("grad_input", "16-bit"): ((64, Configuration(256, 64, 64, 8, 3)), (0, Configuration(128, 128, 64, 8, 4))),
+    ("grad_weight", "16-bit"): ((0, Configuration(64, 64, 64, 4, 4)),),
+    ("forward", "tf32"): ((64, Configuration(256, 64, 32, 8, 3)), (0, Configuration(128, 128, 32, 8, 4))),
+    ("grad_input", "tf32"): ((64, Configuration(256, 64, 32, 8, 3)), (0, Configuration(128, 128, 32, 8, 4))),
     ("grad_weight", "tf32"): ((0, Configuration(64, 64, 64, 4, 3)),),
     ("forward", "float32"): ((0, Configuration(64, 64, 16, 4, 3)),),
     ("grad_input", "float32"): ((0, Configuration(64, 64, 16, 4, 3)),),
     ("grad_weight", "float32"): ((0, Configuration(32, 64, 32, 4, 3)),),
 }
 DEPTHWISE = {
-    "depthwise": Configuration(64, 1, 32, 4, 3),
-    "depthwise_weight": Configuration(128, 1, 32, 4, 3),
+    "depthwise": Configuration(128, 1, 32, 4, 3),
+    "depthwise_weight": Configuration(128, 1, 32, 8, 3, 2112),
 }
 _measured: dict[Shape, Configuration] = {}
 _asked: list[list[Shape]] = []
@@ -86,7 +84,7 @@ def fit(shape: Shape, wanted: Configuration) -> Configuration:
 
     Example:
         >>> fit(Shape("forward", "16-bit", 32, 48, 1, 49, 48), Configuration(256, 128, 64, 8, 3))
-        Configuration(pixels=256, outs=64, ins=32, warps=8, stages=3, programs=1056, taps=1, padded=False)
+        Configuration(pixels=256, outs=64, ins=32, warps=8, stages=3, programs=1056)
     """
     outs = max(LEAST, min(wanted.outs, power(shape.outs)))
     ins = max(LEAST, min(wanted.ins, power(shape.ins)))
@@ -97,17 +95,21 @@ def _programs(shape: Shape, c: Configuration) -> int:
     return ceil_div(shape.images * shape.pixels, c.pixels) * ceil_div(shape.columns, c.outs)
 
 
+@functools.lru_cache(maxsize=4096)
 def from_table(shape: Shape) -> Configuration:
     """Return the table's configuration, the tiles halved while there are fewer than the device has processors.
 
     Example:
         >>> from_table(Shape("forward", "16-bit", 64, 256, 128, 196, 256))
-        Configuration(pixels=128, outs=128, ins=64, warps=4, stages=4, programs=1056, taps=1, padded=False)
+        Configuration(pixels=128, outs=128, ins=64, warps=8, stages=4, programs=1056)
     """
     if shape.map in DEPTHWISE:
         return fit(shape, DEPTHWISE[shape.map])
     rows = TABLE[shape.map, shape.numbers]
     c = fit(shape, next(c for most, c in rows if shape.outs <= most or not most))
+    # A tile of 256 pixels of a small map is mostly images that share nothing.
+    if shape.map == "grad_input" and c.pixels == 256 and shape.pixels <= SMALL:
+        c = replace(c, pixels=128)
     while shape.map != "grad_weight" and _programs(shape, c) < PROCESSORS and c.pixels > 64:
         c = replace(c, pixels=c.pixels // 2, warps=min(c.warps, 4))
     return c
@@ -136,52 +138,44 @@ def remember(shape: Shape, found: Configuration) -> None:
     _measured[shape] = found
 
 
-# Worth measuring: (pixels, outs, ins, warps, stages), and taps in a weight gradient.
+# Worth measuring: (pixels, outs, ins, warps, stages).
 PRODUCTS = (
     (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
     (256, 128, 64, 8, 3),
-    (256, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
     (256, 64, 64, 8, 3),
     (256, 64, 64, 8, 4),
-    (256, 64, 64, 4, 3),
+    (128, 64, 64, 8, 3),
     (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4),
 )
-WEIGHTS = (
-    (64, 128, 64, 4, 4, 1),
-    (64, 256, 64, 8, 4, 1),
-    (128, 128, 64, 4, 3, 1),
-    (64, 64, 64, 4, 4, 1),
-    (64, 128, 64, 4, 4, 2),
-    (64, 256, 64, 8, 3, 2),
-    (64, 128, 64, 8, 3, 3),
-    (64, 128, 64, 8, 4, 3),
-    (64, 64, 64, 4, 4, 3),
-    (128, 64, 64, 8, 3, 3),
+WEIGHTS = ((64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (128, 64, 64, 4, 3))
+SUMS = (
+    (32, 1, 32, 2, 3),
+    (64, 1, 32, 2, 3),
+    (64, 1, 32, 4, 3),
+    (128, 1, 32, 4, 3),
+    (128, 1, 32, 8, 3),
+    (256, 1, 32, 8, 3),
 )
-SUMS = ((32, 1, 32, 2, 3), (64, 1, 32, 4, 3), (64, 1, 64, 4, 3), (128, 1, 32, 4, 3), (128, 1, 32, 8, 3))
-SPLITS = (528, 1056, 2112)
+SPLITS = (528, 1056, 2112, 4224)
 
 
 def candidates(shape: Shape) -> list[Configuration]:
     """Return configurations worth measuring for this shape, the table's first."""
+    depthwise = shape.map in DEPTHWISE
+    sides = SUMS if depthwise else WEIGHTS if shape.map == "grad_weight" else PRODUCTS
     programs = SPLITS if shape.map in ("grad_weight", "depthwise_weight") else SPLITS[1:2]
     # float32 has twice the bytes: half of the channels a step.
-    half = 2 if shape.numbers != "16-bit" else 1
-    if shape.map in DEPTHWISE:
-        tried = [Configuration(*sides, p, 1, padded) for sides in SUMS for p in programs for padded in (False, True)]
-    elif shape.map == "grad_weight":
-        tried = [Configuration(m, n, c // half, w, s, p, t) for m, n, c, w, s, t in WEIGHTS for p in programs]
-    else:
-        tried = [Configuration(m, n, c // half, w, s) for m, n, c, w, s in PRODUCTS]
-    fitting = (fit(shape, c) for c in tried)
-    return list(dict.fromkeys([from_table(shape), *(c for c in fitting if shape.map in DEPTHWISE or _held(shape, c))]))
+    half = 2 if shape.numbers != "16-bit" and not depthwise else 1
+    tried = [fit(shape, Configuration(m, n, c // half, w, s, p)) for m, n, c, w, s in sides for p in programs]
+    return list(dict.fromkeys([from_table(shape), *(c for c in tried if depthwise or _held(shape, c))]))
 
 
 def _held(shape: Shape, c: Configuration) -> bool:
     """Whether the steps that are under way fit the shared memory of a multiprocessor of 9.0."""
-    step = c.pixels * (c.taps * c.ins + c.outs) if shape.map == "grad_weight" else c.ins * (c.pixels + c.outs)
+    step = c.pixels * (c.ins + c.outs) if shape.map == "grad_weight" else c.ins * (c.pixels + c.outs)
     return step * (2 if shape.numbers == "16-bit" else 4) * (c.stages - 1) <= SHARED

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from widerf.kernels import boxes, configurations, device
 from widerf.kernels.boxes import Grid, ceil_div
-from widerf.kernels.configurations import Shape
+from widerf.kernels.configurations import Configuration, Shape
 from widerf.kernels.cuda_tables import Shifts
 
 SCRATCH = 1 << 23  # float32 numbers of the parts of a weight gradient: 32 MiB
 UNROLL = 9  # most taps of a depthwise layer whose loads are under way at once: more of them spill registers
-COPY = 6  # times its pixels, at most, that a copy of an image with a border has
+TOGETHER = 7  # most taps of a program of a depthwise weight gradient
 NO_LIMIT = 1 << 30
 
 
@@ -43,7 +43,9 @@ def why_not(shifts: Shifts, itemsize: int, stride: Sequence[int], outs: int, gro
         return "this Triton has no tensor descriptors"
     if groups == 1 and outs * itemsize % 16:
         return f"its {outs} outputs are no multiple of {16 // itemsize}, which tensor descriptors need"
-    if np.abs(shifts.table).max(initial=0) >= boxes.FURTHEST or max(stride) >= 128 or channels * stride[1] >= 1 << 24:
+    if max(channels, outs) >= 1 << 16 or shifts.taps >= 1 << 15:
+        return "it has more channels or taps than 16 bits count"
+    if shifts.farthest >= boxes.FURTHEST or max(stride) >= 128 or channels * stride[1] >= 1 << 24:
         return "its taps reach too far for 16 bits"
     return None
 
@@ -67,8 +69,13 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(*shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+@functools.lru_cache(maxsize=1)
+def _descriptor() -> Any:
+    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+
+
 def _describe(*of: Any) -> Any:
-    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor(*of)
+    return _descriptor()(*of)
 
 
 def _image(x: Tensor, stride: Sequence[int], box: tuple[int, int, int, int]) -> Any:
@@ -78,8 +85,23 @@ def _image(x: Tensor, stride: Sequence[int], box: tuple[int, int, int, int]) -> 
     return _describe(x, shape, strides, [box[0], box[1], 1, box[2], box[3]])
 
 
-def _matrix(w: Tensor, box: tuple[int, int]) -> Any:
-    return _describe(w, list(w.shape), [w.shape[1], 1], list(box))
+def _aligned(w: Tensor) -> Tensor:
+    """Return w dense, its address one of 16 bytes: itself if it is."""
+    w = w.contiguous()
+    return w if w.data_ptr() % 16 == 0 else w.clone()
+
+
+def _weight(w: Tensor, transposed: bool, turn: bool, c: Configuration) -> Any:
+    """Describe a weight (out, in, taps) as `box_kernels.product` takes it: in channels_last it is not copied.
+
+    The tensor cores take float32 by columns only: its transpose is copied for the gradient of the input.
+    """
+    by_tap = w.permute(1, 2, 0) if transposed and turn else w.transpose(1, 2)
+    flat = _aligned(by_tap)
+    outer, taps, inner = flat.shape
+    if turn:
+        return _describe(flat.view(outer, taps * inner), [outer, taps * inner], [taps * inner, 1], [c.outs, c.ins])
+    return _describe(flat, [outer, taps, inner], [taps * inner, inner, 1], [c.ins, 1, c.outs])
 
 
 def _numbers(x: Tensor) -> str:
@@ -107,22 +129,15 @@ def _steps(
 
 @functools.lru_cache(maxsize=1024)
 def _reads(
-    shifts: Shifts,
-    stride: Sequence[int],
-    size: Sequence[int],
-    grid: Grid,
-    channels: int,
-    together: int,
-    where: torch.device,
+    shifts: Shifts, stride: Sequence[int], size: Sequence[int], grid: Grid, channels: int, where: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = boxes.make_reads(shifts.by_block, stride, size, grid, channels, together)
+    found = boxes.make_reads(shifts.by_block, stride, size, grid, channels)
     return _put(found.shifts, where), _put(found.tiles, where), _put(found.spans, where)
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(shifts: Shifts, negated: bool, where: torch.device, moved: tuple[int, int] = (0, 0)) -> Tensor:
-    """Return the shifts of each block, (blocks, taps, 2); ``moved`` is the border before the image they read."""
-    return _put((-shifts.by_block if negated else shifts.by_block) + np.asarray(moved, np.int32), where)
+def _table(shifts: Shifts, negated: bool, where: torch.device) -> Tensor:
+    return _put(-shifts.by_block if negated else shifts.by_block, where)
 
 
 def product_shape(
@@ -136,23 +151,22 @@ def product_shape(
     return Shape(name, _numbers(x), ins, most, images, cells[0] * cells[1], outs)
 
 
-def _product(x: Tensor, matrix: Tensor, y: Tensor, shifts: Shifts, stride: Sequence[int], transposed: bool) -> None:
-    """Compute y of x, both dense; ``matrix`` is (taps, channels of x, channels of y)."""
-    taps, channels, outs = matrix.shape
+def _product(x: Tensor, weight: Tensor, y: Tensor, shifts: Shifts, stride: Sequence[int], transposed: bool) -> None:
+    """Compute y of x, both dense; ``weight`` is (out, in, taps) of the layer."""
+    channels, outs = x.shape[1], y.shape[1]
     apart_x, apart_y = ((1, 1), tuple(stride)) if transposed else (tuple(stride), (1, 1))
     c = configurations.choose(product_shape(x, outs, shifts.block, stride, y.shape[2:], transposed))
     cells = [n // s for n, s in zip(y.shape[2:], apart_y, strict=True)]
     grid = boxes.cover(x.shape[0], cells[0], cells[1], c.pixels)
     read = tuple(n // s for n, s in zip(x.shape[2:], apart_x, strict=True))
     steps, spans, parts = _steps(shifts, tuple(stride), read, grid, channels, c.ins, transposed, x.device)
-    turn = x.dtype == torch.float32  # the tensor cores take float32 by columns only
-    flat = matrix.reshape(taps * channels, outs)
-    w = _matrix(flat.t().contiguous(), (c.outs, c.ins)) if turn else _matrix(flat.contiguous(), (c.ins, c.outs))
+    turn = not transposed or x.dtype == torch.float32
+    w = _weight(weight, transposed, turn, c)
     tile, blocks = grid.tile, ceil_div(outs, c.outs)
     device.launch(
         _kernels().product, (blocks * parts * grid.count,), x,
         _image(x, apart_x, (*tile, c.ins)), w, _image(y, apart_y, (*tile, c.outs)), steps, spans,
-        blocks, grid.columns, grid.rows, parts, shifts.block if transposed else NO_LIMIT, outs,
+        blocks, grid.columns, grid.rows, parts, shifts.block if transposed else NO_LIMIT, channels, outs,
         BB=tile.images, BH=tile.rows, BW=tile.columns, BC=c.ins, BN=c.outs, COLUMN_PARTS=apart_y[1], TURN=turn,
         PRECISION=device.precision(x.dtype), WIDEN=device.interpreted(), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
@@ -169,29 +183,6 @@ def depthwise_shape(x: Tensor, block: int, y: Tensor, name: str) -> Shape:
     return Shape(name, _numbers(x), block, 1, y.shape[0], y.shape[2] * y.shape[3], y.shape[1])
 
 
-def _border(x: Tensor, shifts: Shifts, negated: bool, stride: Sequence[int], size: Sequence[int]) -> list[int]:
-    """Return how much a copy of x needs before and after each axis, (left, right, top, bottom), to hold all taps."""
-    low, high = shifts.reach
-    lowest, highest = ([-n for n in high], [-n for n in low]) if negated else (low, high)
-    before = [max(0, -n) for n in lowest]
-    last = [(n - 1) * s + far for n, s, far in zip(size, stride, highest, strict=True)]
-    after = [max(0, end - n + 1) for end, n in zip(last, x.shape[2:], strict=True)]
-    return [before[1], after[1], before[0], after[0]]
-
-
-def _bordered(x: Tensor, border: Sequence[int], shifts: Shifts, negated: bool) -> tuple[Tensor, Tensor]:
-    """Return a copy of x with this border, and the table of shifts into it."""
-    copy = F.pad(x, list(border)).contiguous(memory_format=torch.channels_last)
-    return copy, _table(shifts, negated, x.device, (border[2], border[0]))
-
-
-def _worth(x: Tensor, border: Sequence[int]) -> bool:
-    """Whether a copy with this border is no more than `COPY` times the image."""
-    left, right, top, bottom = border
-    height, width = x.shape[2:]
-    return (left + width + right) * (top + height + bottom) <= COPY * height * width
-
-
 def _depthwise(x: Tensor, weight: Tensor, y: Tensor, shifts: Shifts, stride: Sequence[int], transposed: bool) -> None:
     """Compute y of x, both dense; ``weight`` is (taps, channels)."""
     c = configurations.choose(depthwise_shape(x, shifts.block, y, "depthwise"))
@@ -199,16 +190,11 @@ def _depthwise(x: Tensor, weight: Tensor, y: Tensor, shifts: Shifts, stride: Seq
     blocks = ceil_div(x.shape[1], c.ins)
     columns, rows, taps = ceil_div(y.shape[3], width), ceil_div(y.shape[2], height), len(weight)
     steps, divisor = ((1, 1), tuple(stride)) if transposed else (tuple(stride), (1, 1))
-    table = _table(shifts, transposed, x.device)
-    border = _border(x, shifts, transposed, steps, y.shape[2:])
-    padded = c.padded and divisor == (1, 1) and _worth(x, border)
-    if padded:
-        x, table = _bordered(x, border, shifts, transposed)
     device.launch(
         _kernels().depthwise_sum, (blocks * columns * rows * x.shape[0],), x,
-        x, weight, y, table, blocks, columns, rows,
+        x, weight, y, _table(shifts, transposed, x.device), blocks, columns, rows,
         *x.shape[2:], *y.shape[2:], x.shape[1], shifts.block, *steps, *divisor, taps,
-        UNROLL=max(n for n in range(1, UNROLL + 1) if taps % n == 0), DIVIDE=divisor != (1, 1), PADDED=padded,
+        UNROLL=max(n for n in range(1, UNROLL + 1) if taps % n == 0), DIVIDE=divisor != (1, 1),
         BH=height, BW=width, BC=c.ins, num_warps=c.warps,
     )  # fmt: skip
 
@@ -223,7 +209,7 @@ def forward(
     if groups > 1:
         _depthwise(_dense(x), flat[:, 0].t().contiguous(), y, shifts, stride, False)
     else:
-        _product(_dense(x, stride), flat.permute(2, 1, 0), y, shifts, stride, False)
+        _product(_dense(x, stride), flat, y, shifts, stride, False)
     return y
 
 
@@ -239,8 +225,21 @@ def grad_input(
         return grad_x
     whole = [ceil_div(n, s) * s for n, s in zip(size, stride, strict=True)]
     grad_x = _empty(grad_y, (grad_y.shape[0], ins, *whole))
-    _product(_dense(grad_y), flat.permute(2, 0, 1), grad_x, shifts, stride, True)
+    _product(_dense(grad_y), flat, grad_x, shifts, stride, True)
     return grad_x[:, :, : size[0], : size[1]]
+
+
+def _folded(scratch: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum (outs, ins, taps) of the parts of a weight gradient, (parts, taps, ins, outs)."""
+    splits, taps, ins, outs = scratch.shape
+    result = torch.empty(outs, ins, taps, dtype=dtype, device=scratch.device)
+    width = min(8, boxes.power(ins))
+    n_blocks, c_blocks = ceil_div(outs, 64), ceil_div(ins, width)
+    device.launch(
+        _kernels().fold, (taps * n_blocks * c_blocks,), scratch,
+        scratch, result, splits, taps, ins, outs, n_blocks, c_blocks, BS=8, BC=width, BN=64, num_warps=4,
+    )  # fmt: skip
+    return result
 
 
 def _splits(most: int, programs: int, wanted: int, numbers: int) -> int:
@@ -258,19 +257,29 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Shifts, stride: Sequence[int]
     c = configurations.choose(shape)
     grid = boxes.cover(g.shape[0], g.shape[2], g.shape[3], c.pixels)
     read = tuple(n // s for n, s in zip(x.shape[2:], stride, strict=True))
-    tables = _reads(shifts, tuple(stride), read, grid, ins, c.taps, x.device)
+    tables = _reads(shifts, tuple(stride), read, grid, ins, x.device)
     tile, n_blocks, c_blocks = grid.tile, ceil_div(outs, c.outs), ceil_div(ins, c.ins)
-    programs = n_blocks * c_blocks * ceil_div(taps, c.taps)
+    programs = n_blocks * c_blocks * taps
     splits = _splits(grid.count, programs, c.programs, taps * ins * outs)
     scratch = x.new_empty(splits, taps, ins, outs, dtype=torch.float32)
     device.launch(
         _kernels().weight_product, (programs, splits), x,
         _image(x, stride, (*tile, c.ins)), _image(g, (1, 1), (*tile, c.outs)), scratch, *tables,
         n_blocks, c_blocks, grid.columns, grid.images, ins, outs, taps, shifts.block,
-        BB=tile.images, BH=tile.rows, BW=tile.columns, BC=c.ins, BN=c.outs, TAPS=c.taps, SWAP=c.ins < 64 <= c.outs,
+        BB=tile.images, BH=tile.rows, BW=tile.columns, BC=c.ins, BN=c.outs, SWAP=c.ins < 64 <= c.outs,
         PRECISION=device.precision(x.dtype), WIDEN=device.interpreted(), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return scratch.sum(0).permute(2, 1, 0).to(x.dtype).contiguous()
+    return _folded(scratch, x.dtype)
+
+
+def taps_together(taps: int) -> int:
+    """Return how many taps of a depthwise weight gradient one program computes: with the fewest loads of all.
+
+    Example:
+        >>> [taps_together(k * k) for k in (1, 3, 5, 7)]
+        [1, 3, 5, 7]
+    """
+    return min(range(1, TOGETHER + 1), key=lambda n: (ceil_div(taps, n) * (n + 1), n))
 
 
 def _depthwise_weight(x: Tensor, g: Tensor, shifts: Shifts, stride: Sequence[int]) -> Tensor:
@@ -278,18 +287,14 @@ def _depthwise_weight(x: Tensor, g: Tensor, shifts: Shifts, stride: Sequence[int
     c = configurations.choose(depthwise_shape(x, shifts.block, g, "depthwise_weight"))
     height, width = _depthwise_tile(c.pixels, g.shape[3])
     blocks, columns, rows = ceil_div(channels, c.ins), ceil_div(g.shape[3], width), ceil_div(g.shape[2], height)
-    tiles, programs = columns * rows * g.shape[0], blocks * ceil_div(taps, 3)
+    together = taps_together(taps)
+    tiles, programs = columns * rows * g.shape[0], blocks * ceil_div(taps, together)
     splits = _splits(tiles, programs, c.programs, taps * channels)
     scratch = x.new_empty(splits, taps, channels, dtype=torch.float32)
-    table = _table(shifts, False, x.device)
-    border = _border(x, shifts, False, stride, g.shape[2:])
-    padded = c.padded and _worth(x, border)
-    if padded:
-        x, table = _bordered(x, border, shifts, False)
     device.launch(
         _kernels().depthwise_weight, (programs, splits), x,
-        x, g, scratch, table, blocks, tiles, columns, rows,
-        *x.shape[2:], *g.shape[2:], channels, shifts.block, *stride, taps,
-        PADDED=padded, BH=height, BW=width, BC=c.ins, num_warps=c.warps,
+        x, g, scratch, _table(shifts, False, x.device), blocks, tiles, columns, rows,
+        *x.shape[2:], *g.shape[2:], channels, shifts.block, *stride, taps, TAPS=together,
+        BH=height, BW=width, BC=c.ins, num_warps=c.warps,
     )  # fmt: skip
-    return scratch.sum(0).t().to(x.dtype).contiguous().view(channels, 1, taps)
+    return _folded(scratch.view(splits, taps, 1, channels), x.dtype)

@@ -41,16 +41,15 @@ class Shifts:
         """How many neighbouring channels share their taps, see `widerf.kernels.boxes.block_of`; 0: too few."""
         return block_of(self.table)
 
+    @functools.cached_property
+    def farthest(self) -> int:
+        """The greatest shift along an axis."""
+        return int(np.abs(self.table).max(initial=0))
+
     @property
     def by_block(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """The integers of each block, (blocks, taps, 2)."""
         return self.table[:: self.block]
-
-    @functools.cached_property
-    def reach(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The least and the greatest shift of each axis."""
-        (y0, x0), (y1, x1) = self.table.min((0, 1)).tolist(), self.table.max((0, 1)).tolist()
-        return (y0, x0), (y1, x1)
 
 
 _read: Any = WeakIdKeyDictionary()  # shifts that were read, by the tensor that holds them: (its version, shifts)

@@ -52,6 +52,7 @@ def watched(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)  # many gradients at once
     )
 
 
@@ -147,14 +148,25 @@ def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def _call(name: str, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+    """Compute one of the three maps in a backward pass: by its operator only where somebody follows it.
+
+    An operator in Python costs as much time as a small kernel on a GPU.
+    """
+    if torch.is_grad_enabled() or watched(first, second):
+        result: Tensor = _OPERATORS[name](first, second, plan, shape)
+        return result
+    return _compute(name, first, second, plan, shape)
+
+
 _forward: Any = _define(
     "sparse_conv",
     "Tensor input, Tensor weight, str plan, SymInt[] size",
     "forward",
     lambda x, weight, size: _shaped(x, (x.shape[0], weight.shape[0], *size)),
     lambda plan, x, weight, up: (
-        lambda: _grad_input(up, weight, plan, x.shape),
-        lambda: _grad_weight(x, up, plan, weight.shape),
+        lambda: _call("grad_input", up, weight, plan, x.shape),
+        lambda: _call("grad_weight", x, up, plan, weight.shape),
     ),
     columns.plain,
 )
@@ -164,8 +176,8 @@ _grad_input: Any = _define(
     "grad_input",
     lambda grad, weight, shape: _shaped(grad, shape),
     lambda plan, grad, weight, up: (
-        lambda: _forward(up, weight, plan, grad.shape[2:]),
-        lambda: _grad_weight(up, grad, plan, weight.shape),
+        lambda: _call("forward", up, weight, plan, grad.shape[2:]),
+        lambda: _call("grad_weight", up, grad, plan, weight.shape),
     ),
     columns.plain_grad_input,
 )
@@ -175,17 +187,34 @@ _grad_weight: Any = _define(
     "grad_weight",
     lambda x, grad, shape: x.new_empty(shape),
     lambda plan, x, grad, up: (
-        lambda: _grad_input(grad, up, plan, x.shape),
-        lambda: _forward(x, up, plan, grad.shape[2:]),
+        lambda: _call("grad_input", grad, up, plan, x.shape),
+        lambda: _call("forward", x, up, plan, grad.shape[2:]),
     ),
     columns.plain_grad_weight,
 )
+_OPERATORS = {"forward": _forward, "grad_input": _grad_input, "grad_weight": _grad_weight}
+
+
+def _far(plan: Plan) -> bool:
+    return max(*plan.before, *plan.after) > FAR
+
+
+def native(plan: Plan, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own convolution computes a plan: where all channels read one grid.
+
+    cuDNN's depthwise convolutions are an order of magnitude slower with a spacing than without: there ours are faster.
+    """
+    if plan.spacing is None or _far(plan):
+        return False
+    spaced = plan.groups == plan.channels > 1 and max(plan.spacing) > 1
+    return not (spaced and device.type == "cuda" and kernels.compiled(device, dtype, len(plan.spacing)))
 
 
 def _convolve_piece(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int], closed: bool
 ) -> Tensor:
-    if plan.spacing is not None and max(*plan.before, *plan.after) <= FAR:
+    if native(plan, x.device, x.dtype) or (not closed and plan.spacing is not None and not _far(plan)):
+        assert plan.spacing is not None
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]
         part = columns.pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]

@@ -119,7 +119,7 @@ def describe(layer: Any, input: Tensor) -> tuple[str, str]:
     dtype = layer.weight.dtype
     if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
-    if len(layout.pieces) == 1 and layout.pieces[0].spacing is not None:
+    if len(layout.pieces) == 1 and op.native(layout.pieces[0], input.device, dtype):
         return "PyTorch's convolution", "all channels read one grid"
     kind, why = kernels.path(input.device, dtype, layer.RANK)
     if kind != "cuda":
