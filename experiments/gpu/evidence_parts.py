@@ -25,7 +25,8 @@ from experiments.harness.runs import Record
 from experiments.patterns import settings
 from widerf.errors import ClippedWarning, DeadUnitError
 
-INIT = ("he", "widened-0.5", "widened-1", "shuffled-0.5", "inverse-0.5", "xavier", "orthogonal", "torch")
+INIT = ("he", "widened-0.5", "widened-1", "shuffled-0.5", "inverse-0.5", "xavier", "lasting-0.5", "lasting_only-0.5")
+LASTING = ("lasting-0.5", "lasting_only-0.5")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def far_pair_stacks(cell: Cell, names: Sequence[str], seeds: range, rate: float,
 def far_pair_runs(device: torch.device, size: Size, data_dir: Path | None, rows: Rows) -> Iterator[Run]:
     """Yield the cells of the protocol, every arm that is a plain stack; the rate is the protocol's middle one."""
     about, count = protocol("far-pair"), size(24, 2)
-    names = [arm.name for arm in arms.choose(about.arms, []) if arm.taps != "sparse"]
+    names = [*(arm.name for arm in arms.choose(about.arms, []) if arm.taps != "sparse"), *LASTING]
     for cell in about.cells[: size(len(about.cells), 1)]:
         short = Cell(size(cell.steps, 20), cell.task, cell.options)
         seeds = range(100, 100 + count)
@@ -156,6 +157,7 @@ class Study:
         rates: that the arms choose from.
         choose, confirm: seeds that choose the rate of each arm by held-out images, and those the figures come from.
         said: goes into every row.
+        erf: of how many of the confirming seeds the ERF is predicted, before and after.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Study:
     choose: tuple[int, ...]
     confirm: tuple[int, ...]
     said: Record
+    erf: int = 3
 
     def best_rates(self, rows: Sequence[Record]) -> list[float]:
         """Return for each arm the rate with the best mean of the last held-out scores; of those that died, none."""
@@ -183,7 +186,7 @@ class Study:
         there = self.pictures()
         nets = [build(seed) for build in self.builds.values()]
         side = tuple(there.test[0].shape[1:])
-        first = phase == "confirm" and seed < self.confirm[0] + 3
+        first = phase == "confirm" and seed < self.confirm[0] + self.erf
         before = [_predicted(net, side) if first else None for net in nets]
         torch.manual_seed(seed)
         plan = replace(self.plan, last_look=phase == "confirm")
@@ -257,7 +260,7 @@ def cifar10_studies(device: torch.device, size: Size, data_dir: Path | None) -> 
     plain = {k: tasks.plain20_network(k, width=size(16, 4), stem=size(1, 2)) for k in (3, 5)}
     short, long = Plan(size(700, 4), size(256, 8), 10), Plan(size(1400, 4), size(512, 8), 10)
     slow, fast = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
-    common = {"said": {}, **_seeds(size)}
+    common: dict[str, Any] = {"said": {}, "erf": 20, **_seeds(size)}
     yield Study("plain20", _initialised(plain[3], names), pictures, short, slow[: size(3, 1)], **common)
     yield Study("resnet9", _initialised(nets.resnet9(size(64, 4)), names), pictures, long, fast[: size(3, 1)], **common)
     yield Study("plain20-5x5", _initialised(plain[5], names), pictures, short, slow[: size(3, 1)], **common)

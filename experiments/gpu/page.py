@@ -80,8 +80,8 @@ def page(rows: Sequence[Record], source: str) -> str:
     lines = [
         f"# Kernels on {head['name']}",
         "",
-        f"PyTorch {head['torch']}. Medians in microseconds of calls replayed as CUDA graphs; ratios are to the first arm "
-        f"of the heat, 'launched singly' with Python's launches.{note}",
+        f"PyTorch {head['torch']}. Medians in microseconds of calls replayed as CUDA graphs; ratios are to the first "
+        f"arm of the heat, 'launched singly' with Python's launches.{note}",
         f"Made by `python -m experiments.gpu kernels`; every row is in [{source}]({source}).",
         "",
         "## What was asked for",
