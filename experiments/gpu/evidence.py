@@ -104,11 +104,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.minutes <= 0:
         raise InputError(f"--minutes must be positive, got {options.minutes}")
     allowance, device = Allowance(60 * options.minutes), pick_device(options.device)
-    if device.type != "cuda" and not options.small:
-        raise InputError(f"--device must be a CUDA device without --small, got {str(device)!r}")
     torch.backends.cudnn.benchmark = True
     part = names[options.part - 1]
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "small"
+    if device.type != "cuda" and not options.small and not part.endswith("-narrow"):
+        raise InputError(f"--device must be a CUDA device without --small in part {part}, got {str(device)!r}")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "small" if options.small else "cpu"
     stem = re.sub(r"\W+", "-", card.lower()).strip("-")
     rows = Ledger(options.out / f"evidence-{stem}-{part}.jsonl", ("run", "arm", "seed"))
     runs = PARTS[part](device, Size(options.small), options.data_dir, rows.rows)

@@ -82,17 +82,24 @@ def segmenter(width: int = 64, blocks: int = 8, classes: int = 11) -> Callable[[
     return network
 
 
-def depthwise(width: int = 96, blocks: int = 8, kernel: int = 7, classes: int = 11) -> Callable[[Conv], nn.Sequential]:
-    """As :func:`segmenter`, with blocks of one depthwise layer of ``kernel``² taps and two 1×1 layers."""
+def depthwise(
+    width: int = 96, blocks: int = 8, kernel: int = 7, classes: int = 11, stem: int = 2
+) -> Callable[[Conv], nn.Sequential]:
+    """As :func:`segmenter`, with blocks of one depthwise layer of ``kernel``² taps and two 1×1 layers.
+
+    ``stem`` is the stride of each of the two layers before them.
+    """
 
     def network(conv: Conv) -> nn.Sequential:
-        layers = [*block(nn.Conv2d, 3, width // 2, stride=2), *block(nn.Conv2d, width // 2, width, stride=2)]
+        layers = [*block(nn.Conv2d, 3, width // 2, stride=stem), *block(nn.Conv2d, width // 2, width, stride=stem)]
         for _ in range(blocks):
             spatial = conv(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
             mix = [nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()]
             last = nn.Conv2d(2 * width, width, 1, bias=False)
             layers.append(Residual(nn.Sequential(spatial, nn.BatchNorm2d(width), *mix, last), after=False))
         features = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
-        return named(features, nn.Sequential(nn.Conv2d(width, classes, 1), Upsample(4)))
+        return named(
+            features, nn.Sequential(nn.Conv2d(width, classes, 1), Upsample(stem**2) if stem > 1 else nn.Identity())
+        )
 
     return network

@@ -168,7 +168,7 @@ class Study:
     choose: tuple[int, ...]
     confirm: tuple[int, ...]
     said: Record
-    erf: int = 3
+    erf: int = 0
 
     def best_rates(self, rows: Sequence[Record]) -> list[float]:
         """Return for each arm the rate with the best mean of the last held-out scores; of those that died, none."""

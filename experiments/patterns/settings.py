@@ -175,8 +175,11 @@ FOUR = ((1, 2, 3, 4), (1, 2, 4, 7), (1, 3, 5, 7))
 STRIDED = ((1, 1, 2, 1, 2, 3), (1, 2, 2, 1, 2, 2), (1, 2, 3, 1, 2, 3))
 _FRAMES, _DOWN = (180, 240), (2, 1, 1, 2, 1, 1)
 
+# The narrow ones are for two processors.
 SETTINGS = {
     "shallow": Setting("camvid", (45, 60), 45, 3, SIX, six(64, (1,) * 6, _readout), 400, 16),
+    "shallow-narrow": Setting("camvid", (45, 60), 45, 3, SIX, six(32, (1,) * 6, _readout), 300, 4),
+    "depthwise-narrow": Setting("camvid", (45, 60), 45, 7, FOUR, nets.depthwise(32, 4, 7, stem=1), 300, 4),
     "residual": Setting("camvid", _FRAMES, 45, 3, EIGHT, nets.segmenter(64, 8), 300, 16),
     "depthwise-49": Setting("camvid", _FRAMES, 45, 7, FOUR, nets.depthwise(64, 4, 7), 300, 16),
     "depthwise-25": Setting("camvid", _FRAMES, 45, 5, FOUR, nets.depthwise(64, 4, 5), 300, 16),

@@ -117,7 +117,7 @@ def test_a_run_that_raises_is_a_record_and_is_tried_again(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--part", "0"], "--part must be from 1 to 12"),
+        (["--part", "0"], "--part must be from 1 to 14"),
         (["--part", "1", "--minutes", "0"], "--minutes must be positive"),
         (["--part", "1", "--device", "cpu"], "--device must be a CUDA device without --small"),
     ],
