@@ -1,0 +1,132 @@
+"""The page of what a card's evidence says so far: ``python -m experiments.gpu.evidence_page nvidia-h200``.
+
+Every figure comes from the rows ``docs/results/evidence-CARD-PART.jsonl``. The settings of the pattern study have a
+page of their own once they are confirmed; what stands here of them chose learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.harness.inputs import InputError, main_guard
+from experiments.harness.ledger import RESULTS, Ledger
+from experiments.harness.runs import Record, write_whole
+from experiments.harness.statistics import holm, restricted_ratio, sign_flip
+
+LEVEL = 0.05
+
+
+def _read(folder: Path, card: str) -> dict[str, list[Record]]:
+    files = sorted(folder.glob(f"evidence-{card}-*.jsonl"))
+    found = {path.stem.removeprefix(f"evidence-{card}-"): Ledger(path, ("run", "arm", "seed")).rows() for path in files}
+    return {part: [row for row in rows if "failed" not in row] for part, rows in found.items()}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _by_arm(rows: Sequence[Record], run: str) -> dict[str, dict[int, Record]]:
+    arms: dict[str, dict[int, Record]] = defaultdict(dict)
+    for row in rows:
+        if row["run"] == run:
+            arms[row["arm"].partition(": ")[2]][row["seed"]] = row
+    return arms
+
+
+def cell(rows: Sequence[Record], run: str) -> list[str]:
+    """Return the table of one far-pair cell: restricted mean of the steps over He's, paired by seed."""
+    arms = _by_arm(rows, run)
+    base, budget = arms["he"], next(iter(arms["he"].values()))["budget"]
+    names = [name for name in arms if name != "he"]
+    compared = []
+    for name in names:
+        seeds = sorted(set(arms[name]) & set(base))
+        new, old = ([side[seed]["steps_to_target"] for seed in seeds] for side in (arms[name], base))
+        logs = [[math.log(step or budget) for step in side] for side in (new, old)]
+        compared.append((name, restricted_ratio(new, old, budget), sign_flip(*logs), new))
+    adjusted = holm([p for _, _, p, _ in compared])
+    table = []
+    for (name, ratio, _, new), p in zip(compared, adjusted, strict=True):
+        clear = p < LEVEL and not ratio.low <= 1 <= ratio.high
+        text = f"{ratio.mean:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+        table.append(
+            [name, f"**{text}**" if clear else text, f"{p:.2g}", f"{sum(s is None for s in new)} of {len(new)}"]
+        )
+    missed = sum(row["steps_to_target"] is None for row in base.values())
+    about = f"He: median {statistics.median(row['steps_to_target'] or budget for row in base.values()):.0f} steps, "
+    return [f"### {run}", "", f"{about}{missed} of {len(base)} never arrive within {budget}.", "",
+            *_table(["arm", "steps / He's", "p (Holm)", "never"], table)]  # fmt: skip
+
+
+def choosing(rows: Sequence[Record], setting: str) -> list[str]:
+    """Return the table of the runs that chose rates: held-out scores, and how many seeds."""
+    scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.get("phase") == "choose":
+            scores[row["arm"].partition(": ")[2]][row["rate"]].append(row["curve"][-1])
+    rates = sorted({rate for each in scores.values() for rate in each})
+    table = [
+        [arm, *(" ".join(f"{score:.1f}" for score in by[rate]) for rate in rates),
+         f"{max(statistics.fmean(each) for each in by.values()):.1f}"]
+        for arm, by in scores.items()
+    ]  # fmt: skip
+    return [f"### {setting}", "", *_table(["arm", *(f"rate {rate:g}" for rate in rates), "best mean"], table)]
+
+
+def _confirmed(rows: Sequence[Record]) -> int:
+    return len({row["seed"] for row in rows if row.get("phase") == "confirm"})
+
+
+def page(parts: dict[str, list[Record]], card: str) -> str:
+    """Return the page in Markdown."""
+    row = next(row for rows in parts.values() for row in rows)
+    lines = [
+        f"# Evidence from a card: {row['device'].removeprefix('cuda: ')}",
+        "",
+        f"PyTorch {row['torch']}. Made by `python -m experiments.gpu evidence --part N`, this page by "
+        f"`python -m experiments.gpu.evidence_page {card}`; every row is beside it. Several parts shared the card.",
+    ]
+    if "far-pair" in parts:
+        lines += ["", "## Far-pair: do the weights pay?", "",
+                  "Steps to 95 % against He's, as ratios of restricted means over paired seeds, BCa 95 % intervals; one "
+                  "learning rate, fixed beforehand; all networks of an arm stacked, all arms on the same batches."]  # fmt: skip
+        for run in dict.fromkeys(row["run"] for row in parts["far-pair"]):
+            lines += ["", *cell(parts["far-pair"], run)]
+    patterns = {part: rows for part, rows in parts.items() if part.startswith("patterns-")}
+    chosen = {part: rows for part, rows in patterns.items() if any(row.get("phase") == "choose" for row in rows)}
+    if chosen:
+        told = "; ".join(f"{part.removeprefix('patterns-')} {_confirmed(rows)}" for part, rows in chosen.items())
+        lines += [
+            "",
+            "## Patterns: leads, not results",
+            "",
+            "Held-out scores of the runs that choose learning rates (CamVid: mIoU, %; CIFAR-10: accuracy, %), one number "
+            f"a seed. **Nothing here is confirmed.** Seeds that confirm, run so far: {told}.",
+        ]
+        for part, rows in chosen.items():
+            lines += ["", *choosing(rows, part.removeprefix("patterns-"))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line and write the page."""
+    line = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    line.add_argument("card", help="as in the names of the files, such as nvidia-h200")
+    line.add_argument("--folder", type=Path, default=RESULTS, help="of the rows and the page")
+    options = line.parse_args()
+    parts = _read(options.folder, options.card)
+    if not any(parts.values()):
+        raise InputError(f"--folder must hold evidence-{options.card}-*.jsonl with rows, got {str(options.folder)!r}")
+    path = options.folder / f"evidence-{options.card}.md"
+    write_whole(path, page(parts, options.card))
+    print(path)
+
+
+if __name__ == "__main__":
+    main_guard(main)
