@@ -15,10 +15,12 @@ from experiments.compare.protocol import protocol
 from experiments.compare.study import ledger
 from experiments.compare.study_page import accuracies, verdict_of
 from experiments.compare.verdict import Row, Verdict
+from experiments.gpu.evidence_page import compare, read
 from experiments.harness.ledger import RESULTS
-from experiments.harness.runs import write_whole
+from experiments.harness.runs import Record, write_whole
 from experiments.harness.statistics import Estimate
 
+CARD = "nvidia-h200"
 FIRST = {"first cifar10": (0.5, 600)}  # series before the studies: target and budget
 
 
@@ -76,6 +78,20 @@ def points(study: str, arm: str) -> str:
     return "not run"
 
 
+@cache
+def _on_card() -> list[Record]:
+    return read(RESULTS, CARD).get("far-pair", [])
+
+
+def on_card(arm: str, depth: int, radius: int) -> str:
+    """Write an arm's ratio of steps as the card measured it."""
+    run = f"far-pair depth {depth} radius {radius}"
+    if not any(row["run"] == run for row in _on_card()):
+        return "not run"
+    found = next(each for each in compare(_on_card(), run) if each.arm == arm)
+    return f"{found}, {found.missed} of {found.ratio.n} never" if found.missed else str(found)
+
+
 def text() -> str:
     """Return the page."""
     environment = jinja2.Environment(
@@ -87,7 +103,7 @@ def text() -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("when-to-widen.md").render(
-        steps=steps, seconds=seconds, points=points, row=row, verdict=verdict
+        steps=steps, seconds=seconds, points=points, row=row, verdict=verdict, on_card=on_card
     )
 
 

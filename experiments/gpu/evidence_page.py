@@ -12,16 +12,18 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.harness.inputs import InputError, main_guard
 from experiments.harness.ledger import RESULTS, Ledger
 from experiments.harness.runs import Record, write_whole
-from experiments.harness.statistics import holm, restricted_ratio, sign_flip
+from experiments.harness.statistics import Estimate, holm, restricted_ratio, sign_flip
 
 LEVEL = 0.05
 
 
-def _read(folder: Path, card: str) -> dict[str, list[Record]]:
+def read(folder: Path, card: str) -> dict[str, list[Record]]:
+    """Return the rows of each part that ran on a card, those of runs that failed left out."""
     files = sorted(folder.glob(f"evidence-{card}-*.jsonl"))
     found = {path.stem.removeprefix(f"evidence-{card}-"): Ledger(path, ("run", "arm", "seed")).rows() for path in files}
     return {part: [row for row in rows if "failed" not in row] for part, rows in found.items()}
@@ -39,29 +41,44 @@ def _by_arm(rows: Sequence[Record], run: str) -> dict[str, dict[int, Record]]:
     return arms
 
 
-def cell(rows: Sequence[Record], run: str) -> list[str]:
-    """Return the table of one far-pair cell: restricted mean of the steps over He's, paired by seed."""
+class Compared(NamedTuple):
+    """An arm of a far-pair cell against He: ratio of restricted means over paired seeds, p after Holm, misses of n."""
+
+    arm: str
+    ratio: Estimate
+    p: float
+    missed: int
+
+    def __str__(self) -> str:
+        clear = self.p < LEVEL and not self.ratio.low <= 1 <= self.ratio.high
+        text = f"{self.ratio.mean:.2f} ({self.ratio.low:.2f}–{self.ratio.high:.2f})"
+        return f"**{text}**" if clear else text
+
+
+def compare(rows: Sequence[Record], run: str) -> list[Compared]:
+    """Return the arms of one far-pair cell against He."""
     arms = _by_arm(rows, run)
     base, budget = arms["he"], next(iter(arms["he"].values()))["budget"]
-    names = [name for name in arms if name != "he"]
-    compared = []
-    for name in names:
+    found = []
+    for name in (name for name in arms if name != "he"):
         seeds = sorted(set(arms[name]) & set(base))
         new, old = ([side[seed]["steps_to_target"] for seed in seeds] for side in (arms[name], base))
         logs = [[math.log(step or budget) for step in side] for side in (new, old)]
-        compared.append((name, restricted_ratio(new, old, budget), sign_flip(*logs), new))
-    adjusted = holm([p for _, _, p, _ in compared])
-    table = []
-    for (name, ratio, _, new), p in zip(compared, adjusted, strict=True):
-        clear = p < LEVEL and not ratio.low <= 1 <= ratio.high
-        text = f"{ratio.mean:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
-        table.append(
-            [name, f"**{text}**" if clear else text, f"{p:.2g}", f"{sum(s is None for s in new)} of {len(new)}"]
-        )
+        missed = sum(step is None for step in new)
+        found.append(Compared(name, restricted_ratio(new, old, budget), sign_flip(*logs), missed))
+    return [each._replace(p=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
+
+
+def cell(rows: Sequence[Record], run: str) -> list[str]:
+    """Return the table of one far-pair cell."""
+    base = _by_arm(rows, run)["he"]
+    budget = next(iter(base.values()))["budget"]
+    found = compare(rows, run)
+    table = [[each.arm, str(each), f"{each.p:.2g}", f"{each.missed} of {each.ratio.n}"] for each in found]
     missed = sum(row["steps_to_target"] is None for row in base.values())
-    about = f"He: median {statistics.median(row['steps_to_target'] or budget for row in base.values()):.0f} steps, "
-    return [f"### {run}", "", f"{about}{missed} of {len(base)} never arrive within {budget}.", "",
-            *_table(["arm", "steps / He's", "p (Holm)", "never"], table)]  # fmt: skip
+    median = statistics.median(row["steps_to_target"] or budget for row in base.values())
+    told = f"He: median {median:.0f} steps, {missed} of {len(base)} never arrive within {budget}."
+    return [f"### {run}", "", told, "", *_table(["arm", "steps / He's", "p (Holm)", "never"], table)]
 
 
 def choosing(rows: Sequence[Record], setting: str) -> list[str]:
@@ -93,9 +110,14 @@ def page(parts: dict[str, list[Record]], card: str) -> str:
         f"`python -m experiments.gpu.evidence_page {card}`; every row is beside it. Several parts shared the card.",
     ]
     if "far-pair" in parts:
-        lines += ["", "## Far-pair: do the weights pay?", "",
-                  "Steps to 95 % against He's, as ratios of restricted means over paired seeds, BCa 95 % intervals; one "
-                  "learning rate, fixed beforehand; all networks of an arm stacked, all arms on the same batches."]  # fmt: skip
+        lines += [
+            "",
+            "## Far-pair: do the weights pay?",
+            "",
+            "Steps to the target against He's, as ratios of restricted means over paired seeds, BCa 95 % intervals; "
+            "one rate, fixed beforehand; all networks of an arm stacked, all arms on the same batches. **Bold**: the "
+            "interval is clear of 1 and p after Holm over the arms of the cell is below .05.",
+        ]
         for run in dict.fromkeys(row["run"] for row in parts["far-pair"]):
             lines += ["", *cell(parts["far-pair"], run)]
     patterns = {part: rows for part, rows in parts.items() if part.startswith("patterns-")}
@@ -106,8 +128,8 @@ def page(parts: dict[str, list[Record]], card: str) -> str:
             "",
             "## Patterns: leads, not results",
             "",
-            "Held-out scores of the runs that choose learning rates (CamVid: mIoU, %; CIFAR-10: accuracy, %), one number "
-            f"a seed. **Nothing here is confirmed.** Seeds that confirm, run so far: {told}.",
+            "Held-out scores of the runs that choose learning rates (CamVid: mIoU, %; CIFAR-10: accuracy, %), one "
+            f"number a seed. **Nothing here is confirmed.** Seeds that confirm, run so far: {told}.",
         ]
         for part, rows in chosen.items():
             lines += ["", *choosing(rows, part.removeprefix("patterns-"))]
@@ -120,7 +142,7 @@ def main() -> None:
     line.add_argument("card", help="as in the names of the files, such as nvidia-h200")
     line.add_argument("--folder", type=Path, default=RESULTS, help="of the rows and the page")
     options = line.parse_args()
-    parts = _read(options.folder, options.card)
+    parts = read(options.folder, options.card)
     if not any(parts.values()):
         raise InputError(f"--folder must hold evidence-{options.card}-*.jsonl with rows, got {str(options.folder)!r}")
     path = options.folder / f"evidence-{options.card}.md"

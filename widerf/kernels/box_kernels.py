@@ -5,8 +5,8 @@ The matrix products read boxes of the image through tensor descriptors: from com
 by the hardware (TMA), zeros outside the image included; on 8.0 the compiler makes masked loads of them. What a tile
 adds up is a list of boxes, see `widerf.kernels.boxes`. All accumulate in float32 and use no atomic operation.
 
-The numbers are checked with Triton's interpreter, the code by compiling it for sm_90 (depthwise: sm_80 too). These
-kernels have **not run on a GPU**; a prototype of the products has, see docs/sparse.md.
+The numbers are checked with Triton's interpreter, the code by compiling it for sm_90 (depthwise: sm_80 too), and both
+on an H200: docs/results/gpu-nvidia-h200.md.
 
 A load of a scalar that a load of a box waits for stops the compiler's pipelining: each step reads what the next one
 needs ("ahead").

@@ -1,7 +1,8 @@
 """Sizes of tiles for the kernels of `widerf.kernels.box_kernels`: a table by shape class, and what was measured better.
 
-The table holds what was fastest on one H100 among a dozen candidates (forward, both gradients, 16-bit numbers, maps of
-56² to 7²), and for float32 what compiles without spilling; nothing is timed to choose from it.
+The table holds what was fastest on one H200 among the `candidates` (docs/results/gpu-nvidia-h200-sweep.jsonl: all
+three maps, 16-bit numbers and TF32, maps of 56² to 7²), and for full float32 what compiles without spilling; nothing is
+timed to choose from it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Configuration:
     programs: int = 1056
 
 
-# Fastest of `candidates` on one H200 (see docs/results): for at most so many outputs, or any number (0).
+# For at most so many outputs, or any number (0).
 _Class = tuple[tuple[int, Configuration], ...]
 TABLE: dict[tuple[str, str], _Class] = {
     ("forward", "16-bit"): ((64, Configuration(128, 64, 64, 4, 4)), (0, Configuration(128, 128, 64, 8, 4))),
