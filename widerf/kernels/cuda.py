@@ -39,7 +39,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
         return "the kernels have not been compiled for AMD GPUs"
     if x.dtype not in DTYPES or x.dtype != weight.dtype:
         return f"dtypes {x.dtype} and {weight.dtype}: one of float32, bfloat16, float16 for both is needed"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.is_cuda and device.capability(x.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
 

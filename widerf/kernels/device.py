@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+@functools.lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability; of the newest kind where no GPU is asked."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
@@ -32,5 +34,6 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **options: Any) -> None:
     """Launch a kernel on the device of ``like``."""
-    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+    away = like.is_cuda and like.device.index != torch.cuda.current_device()
+    with torch.cuda.device(like.device) if away else contextlib.nullcontext():
         kernel[grid](*arguments, **options)
