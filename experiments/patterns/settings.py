@@ -145,6 +145,8 @@ def _build(setting: Setting, pattern: Any, spacings: Sequence[int], seed: int) -
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
     return net
 
 

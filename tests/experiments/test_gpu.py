@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.gpu import layers, race
+from experiments.gpu import evidence_page, layers, race, sweep, uses
 from experiments.gpu.command import Run, main
 from experiments.gpu.page import FOUR, HALF, asked, page
 from experiments.harness.inputs import InputError
+from experiments.harness.ledger import Ledger
+from widerf.kernels import configurations
 
 
 def test_the_command_checks_and_races_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,3 +86,61 @@ def test_without_a_gpu_only_the_small_run_starts(tmp_path: Path) -> None:
         main(["kernels", "--device", "cpu", "--out", str(tmp_path)])
     with pytest.raises(InputError, match="--seconds must be positive"):
         main(["kernels", "--seconds", "0"])
+
+
+def test_every_use_of_a_layer_is_tried_and_one_that_breaks_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(uses.USES, "torch.compile, one graph")  # half a minute
+    rows = {row["heat"]: row for row in uses.check(torch.device("cpu"))}
+    assert all(row["right"] for row in rows.values()), rows
+
+    def broken(device: torch.device) -> float:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setitem(uses.USES, "autocast", (broken, 0.0))
+    monkeypatch.setitem(uses.USES, "memory format", (lambda device: float("nan"), 1.0))
+    rows = {row["heat"]: row for row in uses.check(torch.device("cpu"))}
+    assert rows["autocast"]["why"] == "RuntimeError: no such device"
+    assert [rows[name]["right"] for name in ("autocast", "memory format", "depthwise")] == [False, False, True]
+
+
+def test_a_sweep_measures_every_candidate_and_names_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = configurations.Shape("forward", "16-bit", 64, 64, 128, 784, 64)
+    asked: list[configurations.Configuration] = []
+
+    def call() -> torch.Tensor:
+        asked.append(configurations.choose(shape))
+        return torch.zeros(1)
+
+    def clock(call: Callable[[], object], *_: object, **__: object) -> float:
+        call()
+        if asked[-1].pixels == 64:
+            raise RuntimeError("out of shared memory")
+        return float(asked[-1].pixels) + asked[-1].stages
+
+    monkeypatch.setattr(sweep, "maps", lambda layer, device: {"forward": call})
+    monkeypatch.setattr(sweep, "microseconds", clock)
+    (row,) = sweep.run(sweep.layers(small=True)[0], torch.device("cpu"), 0.0)
+    wanted = configurations.candidates(shape)
+    assert set(asked) == set(wanted)
+    assert len(row["times"]) == len(wanted)
+    assert row["best time"] == min(c.pixels + c.stages for c in wanted if c.pixels > 64)
+    assert any("out of shared memory" in str(time) for time in row["times"].values())
+
+
+def test_a_cell_of_the_evidence_is_compared_with_he_seed_by_seed(tmp_path: Path) -> None:
+    rows = Ledger(tmp_path / "evidence-card-far-pair.jsonl", ("run", "arm", "seed"))
+    for seed in range(12):
+        for arm, steps in (("he", 100 + seed), ("fast", 50 + seed), ("same", 100 + seed), ("never", None)):
+            place = {"run": "cell", "arm": f"cell: {arm}", "seed": seed, "budget": 800, "device": "cuda: card"}
+            rows.append({**place, "steps_to_target": steps, "torch": "0"})
+    rows.append({"run": "cell 2", "arm": "cell 2", "seed": 0, "failed": "RuntimeError: no"})
+    parts = evidence_page.read(tmp_path, "card")
+    found = {each.arm: each for each in evidence_page.compare(parts["far-pair"], "cell")}
+    assert found["fast"].ratio.mean == pytest.approx(55.5 / 105.5)
+    assert str(found["fast"]).startswith("**0.53")
+    assert str(found["same"]) == "1.00 (1.00–1.00)"
+    assert found["never"].missed == 12
+    assert found["never"].ratio.mean == pytest.approx(800 / 105.5)
+    text = evidence_page.page(parts, "card")
+    assert "He: median 106 steps, 0 of 12 never arrive within 800." in text
+    assert "cell 2" not in text
