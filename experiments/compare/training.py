@@ -32,6 +32,14 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor, device: torch.devic
     return right / len(labels)
 
 
+def penalty(net: nn.Sequential, task: Task) -> Tensor | float:
+    """Return the task's penalty on the ERF; nothing in a step whose unit is dead: it has no field to widen."""
+    try:
+        return task.penalty * widerf.erf_penalty(net, task.erf_size, layer="features")
+    except DeadUnitError:
+        return 0.0
+
+
 def train(net: nn.Sequential, task: Task, seed: int, device: torch.device) -> tuple[Curve, float | None]:
     """Train with Adam on the batches of ``seed``.
 
@@ -53,9 +61,7 @@ def train(net: nn.Sequential, task: Task, seed: int, device: torch.device) -> tu
         with clock:
             with autocast(device):
                 loss = F.cross_entropy(model(x.to(device)), y.to(device))
-            whole = loss
-            if task.penalty:
-                whole = loss + task.penalty * widerf.erf_penalty(net, task.erf_size, layer="features")
+            whole = loss + penalty(net, task) if task.penalty else loss
             optimizer.zero_grad()
             whole.backward()
             optimizer.step()

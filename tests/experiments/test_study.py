@@ -316,3 +316,13 @@ def test_a_study_page_is_made_from_its_rows_alone(tiny: Protocol, tmp_path: Path
     assert "dense" in text.split("Milliseconds of processor time")[1]
     with pytest.raises(InputError, match="must hold runs"):
         study_page.page(tiny, study.ledger(tiny, tmp_path / "none.jsonl"))
+
+
+def test_a_step_with_a_dead_unit_goes_without_the_penalty() -> None:
+    task = dataclasses.replace(far_pair(radius=2, depth=3), steps=2, every=2, penalty=1.0)
+    net = arms.choose(["he"], [])[0].build(task.network, 0)
+    with torch.no_grad():
+        net.features[2].weight.zero_()  # type: ignore[union-attr]
+    assert training.penalty(net, task) == 0.0
+    curve, _ = training.train(net, task, 0, torch.device("cpu"))
+    assert curve.accuracy
