@@ -11,7 +11,7 @@ import importlib
 import os
 
 # Name on the command line → module: ``import`` cannot name a module.
-BENCHMARKS = {"import": "imports", "init": "init", "measure": "measure", "predict": "predict", "sparse": "sparse"}
+BENCHMARKS = {"import": "imports"} | {name: name for name in ("init", "measure", "predict", "sparse", "summary")}
 
 
 def main(arguments: list[str] | None = None) -> None:

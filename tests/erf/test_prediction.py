@@ -282,6 +282,7 @@ def test_a_dead_unit_is_refused() -> None:
 
 
 def test_a_silent_residual_branch_leaves_the_field_of_the_skip() -> None:
+    torch.manual_seed(0)  # one of 16 draws has a dead unit
     block = Block(4, norm=False)
     nn.init.zeros_(block.second.weight)
     with warnings.catch_warnings():

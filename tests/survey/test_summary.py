@@ -79,6 +79,24 @@ def test_every_row_is_what_the_calls_for_its_layer_give(training: bool, layers: 
         assert (row.std, row.size, row.clipped) == pytest.approx((erf.std, erf.size(), erf.clipped), rel=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", [None, "test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
+def test_passes_that_share_a_recording_give_bit_for_bit_what_passes_of_their_own_give(
+    name: str | None, training: bool
+) -> None:
+    import timm
+
+    torch.manual_seed(1)
+    model = network() if name is None else timm.create_model(name)
+    model, size = model.train(training), (3, 160, 160) if name == "test_vit" else (3, 64, 64)
+    found = [row for row in widerf.summary(model, size) if row.erf is not None]
+    assert len(found) > 4
+    for row in found[:: 1 if name is None else 3]:
+        alone = widerf.predict(model, size, layer=row.name)
+        assert torch.equal(row.erf.map, alone.map)
+        assert (row.std, row.size, row.clipped) == (alone.std, alone.size(), alone.clipped)
+
+
 def test_the_layers_that_change_what_is_seen_have_a_row_in_the_order_in_which_they_run() -> None:
     names = [row.name for row in widerf.summary(network(), (3, 40, 32))]
     assert names == ["0", "2", "3.conv1", "3", "4.down", "4.conv1", "4", "5", "6.conv1", "6"]

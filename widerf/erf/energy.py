@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from widerf.operators import rule_of
-from widerf.operators.flow import Flow
+from widerf.operators.flow import Flow, Slope
 from widerf.operators.normalisation import batch_statistics
 from widerf.operators.pointwise import slopes
 from widerf.operators.rule import Rule
@@ -51,16 +51,51 @@ def backpropagate(tape: Tape, energy: Tensor) -> Tensor:
     Raises:
         UntreatedOperatorError: for an operator without a rule; the message names it and its module.
     """
-    return backpropagate_scaled(tape, energy)[0]
+    return Backward(tape).to_input(tape.target, energy)[0]
 
 
-def backpropagate_scaled(tape: Tape, energy: Tensor) -> tuple[Tensor, float]:
-    """Like :func:`backpropagate`, with the logarithm of the factor that brings the result to its true scale."""
-    with plain_arithmetic():
-        tape = _in_single_precision(tape)
-        backward = _Pass(tape)
-        wide = energy.float() if energy.dtype in _HALVES else energy
-        return backward.run(wide), backward.log_scale
+class Backward:
+    """Passes back over one recording, from as many of its values as one likes.
+
+    What does not depend on where a pass begins (squared weights, slopes of activations) is computed once and kept.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = _in_single_precision(tape)
+        self._arguments: dict[int, dict[str, Any]] = {}
+        self._slopes: dict[tuple[int, ...], list[Slope | None]] = {}
+
+    def to_input(self, target: int, energy: Tensor) -> tuple[Tensor, float]:
+        """Carry the energy at one value back, see :func:`backpropagate`.
+
+        Returns:
+            The energy at the input, and the logarithm of the factor that brings it to its true scale.
+        """
+        with plain_arithmetic():
+            one = _Pass(replace(self.tape, target=target), self)
+            wide = energy.float() if energy.dtype in _HALVES else energy
+            return one.run(wide), one.log_scale
+
+    def arguments(self, call: Call) -> dict[str, Any]:
+        """The call's arguments by name, at the recorded values."""
+        if id(call) not in self._arguments:
+            self._arguments[id(call)] = call.arguments(self.tape.values)
+        return self._arguments[id(call)]
+
+    def slopes(self, group: list[Call], sources: list[int], shape: torch.Size) -> list[Slope | None]:
+        """Derivative of what the last call of an element-wise group gives, to each of the group's sources."""
+        key = tuple(map(id, group))
+        if key not in self._slopes:
+            found = self._differentiated(group, sources, shape)
+            self._slopes[key] = [None if slope is None else Slope(slope, slope.square()) for slope in found]
+        return self._slopes[key]
+
+    def _differentiated(self, group: list[Call], sources: list[int], shape: torch.Size) -> list[Tensor | None]:
+        values = self.tape.values
+        if len(group) == 1 and group[0].name == "relu":  # the most frequent one, without autograd
+            return [(values[sources[0]] > 0).to(values[sources[0]].dtype)]
+        inputs = {value: values[value].expand(shape) for value in sources}
+        return slopes(group, inputs, next(out for out in group[-1].outputs if out is not None))
 
 
 def _in_single_precision(tape: Tape) -> Tape:
@@ -78,8 +113,8 @@ def _in_single_precision(tape: Tape) -> Tape:
 
 
 class _Pass:
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, backward: Backward) -> None:
+        self.tape, self.backward = tape, backward
         self.log_scale = 0.0
         self.calls = tape.needed()
         self.producer = {out: call for call in self.calls for out in call.outputs if out is not None}
@@ -105,13 +140,13 @@ class _Pass:
             parts = self._pointwise(call, outputs) if rule.energy is None else self._ruled(call, rule, outputs)
             for value, part in parts:
                 flows[value] = flows[value].joined(part) if value in flows else part
-            if rule.kind in ("convolution", "matmul", "normalisation"):  # where energies grow or shrink
+            if rule.kind in ("convolution", "matmul"):  # where energies grow or shrink; a norm alone stays in range
                 self.log_scale += math.log(_rescale(flows, call.inputs.values()))
         return flows[0].total() if 0 in flows else torch.zeros_like(self.tape.values[0])
 
     def _ruled(self, call: Call, rule: Rule, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
         assert rule.energy is not None
-        arguments = call.arguments(self.tape.values)
+        arguments = self.backward.arguments(call)
         inputs = {position: self.tape.values[value] for position, value in call.inputs.items()}
         energies = [None if flow is None else flow.energy for flow in outputs]
         if self.follow_common:
@@ -135,14 +170,10 @@ class _Pass:
             for value in sources:
                 yield value, flow.times(None, shapes[value])
             return
-        if len(group) == 1 and last.name == "relu":  # the most frequent one, without autograd
-            yield sources[0], flow.where(self.tape.values[sources[0]] > 0, shapes[sources[0]])
-            return
-        inputs = {value: self.tape.values[value].expand(flow.energy.shape) for value in sources}
-        result = next(out for out in last.outputs if out is not None)
-        for value, derivative in zip(sources, slopes(group, inputs, result), strict=True):
-            if derivative is not None:
-                yield value, flow.times(derivative, shapes[value])
+        found = self.backward.slopes(group, sources, flow.energy.shape)
+        for value, slope in zip(sources, found, strict=True):
+            if slope is not None:
+                yield value, flow.times(slope, shapes[value])
 
     def _group(self, last: Call) -> list[Call]:
         """The element-wise operators that lead to ``last`` from the nearest joints, in order."""
@@ -176,7 +207,7 @@ def _is_plain_sum(call: Call) -> bool:
 
 def _rescale(flows: dict[int, Flow], changed: Iterable[int]) -> float:
     """Bring all energies back to 1 where they leave the range; return what they were divided by."""
-    largest = max((float(flows[value].energy.detach().max()) for value in changed if value in flows), default=1.0)
+    largest = max((float(flows[value].energy.detach().amax()) for value in changed if value in flows), default=1.0)
     if not largest > 0 or _SMALL < largest < _LARGE:
         return 1.0
     for value, flow in flows.items():

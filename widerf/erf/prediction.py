@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
-from widerf.erf.energy import backpropagate_scaled
+from widerf.erf.energy import Backward, backpropagate
 from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
@@ -67,18 +67,26 @@ def predict(
     return predicted(Scene.of(model, input_size, layer, unit))
 
 
-def predicted(scene: Scene, frame: Frame | None = None, *, warn: bool = True) -> ERF:
-    """Return the predicted ERF of a scene; ``frame`` is its geometry where the caller knows that already."""
-    energy, _ = expected_energy(scene)
+def predicted(scene: Scene, frame: Frame | None = None, *, warn: bool = True, backward: Backward | None = None) -> ERF:
+    """Return the predicted ERF of a scene.
+
+    Args:
+        scene: what is looked at.
+        frame: its geometry where the caller knows that already.
+        warn: of an ERF that the border clips.
+        backward: passes back over the scene's recording, where several scenes share it.
+    """
+    energy, _ = expected_energy(scene, backward)
     frame = Frame.of(from_tape(scene.tape, scene.site.name), [scene.unit]) if frame is None else frame
     with plain_arithmetic():
         return ERF.from_energy(energy.cpu(), center=frame.center, trf_size=frame.trf_size, jump=frame.jump, warn=warn)
 
 
-def expected_energy(scene: Scene) -> tuple[Tensor, float]:
+def expected_energy(scene: Scene, backward: Backward | None = None) -> tuple[Tensor, float]:
     """Energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
+    backward = Backward(scene.tape) if backward is None else backward
     with torch.no_grad():
-        energy, log_scale = backpropagate_scaled(scene.tape, scene.seed())
+        energy, log_scale = backward.to_input(scene.tape.target, scene.seed())
     return _over_channels(energy), log_scale
 
 
@@ -135,7 +143,7 @@ def erf_penalty(
         require(0 < target < float("inf"), "target", "be positive", target)
     scene = Scene.of(model, (3, 224, 224) if input_size is None else input_size, layer, unit).differentiable()
     with torch.enable_grad():
-        energy = _over_channels(backpropagate_scaled(scene.tape, scene.seed())[0])
+        energy = _over_channels(backpropagate(scene.tape, scene.seed()))
         if float(energy.detach().sum()) == 0:
             raise DeadUnitError("model must let energy reach the input (dead or silent unit)")
         variance = mean_variance(energy)

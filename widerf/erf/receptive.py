@@ -121,16 +121,17 @@ def from_tape(tape: Tape, layer: str) -> ReceptiveField:
         return _from_reading(read(tape), tuple(tape.values[0].shape[2:]), layer)
 
 
-def from_marks(tape: Tape, layers: Sequence[str]) -> dict[str, ReceptiveField | UntreatedOperatorError]:
-    """Receptive fields of marked maps of one recording, which is walked once; the error stands where there is none."""
-    sizes = tuple(tape.values[0].shape[2:])
-    answers: dict[str, ReceptiveField | UntreatedOperatorError] = {}
+def from_marks(tape: Tape, layers: Sequence[str]) -> dict[str, Reading | UntreatedOperatorError]:
+    """Walk one recording once to marked maps; the error stands where an operator on the way has no rule."""
     with plain_arithmetic(gradients=False):
         found = read_all(tape, [tape.marks[layer] for layer in layers])
-        for layer in layers:
-            reading = found[tape.marks[layer]]
-            answers[layer] = _from_reading(reading, sizes, layer) if isinstance(reading, Reading) else reading
-    return answers
+    return {layer: found[tape.marks[layer]] for layer in layers}
+
+
+def field_of(reading: Reading, tape: Tape, layer: str) -> ReceptiveField:
+    """Receptive field of one of the maps that :func:`from_marks` went to."""
+    with plain_arithmetic(gradients=False):
+        return _from_reading(reading, tuple(tape.values[0].shape[2:]), layer)
 
 
 def _from_reading(reading: Reading, sizes: tuple[int, ...], layer: str) -> ReceptiveField:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from widerf.operators.boxes import Jump, per_axis, slide, slide_transposed, thin
 from widerf.operators.flow import Energies, Flow, root, scattered
-from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, Shape, named
+from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, Shape, named, once
 from widerf.trace.tape import Call
 
+_THIN = 4  # input channels, as of a stem
+_WINDOW = 49  # taps beyond which a column per tap would take too much memory
 _SMALL = 0.5  # share of a map below which only the part with energy is carried back
 
 
@@ -37,15 +39,22 @@ def _boxes(call: Call, arguments: Arguments, reaches: Inputs, shapes: list[Any],
 def _energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies) -> Parts:
     (energy,) = energies
     assert energy is not None
-    image, weight = arguments["input"], arguments["weight"]
+    image, power = arguments["input"], once(arguments, "power", arguments["weight"].square)
     geometry = [arguments[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
     wanted = [position in inputs for position in (0, 1, 2)]
-    region = _region(arguments, energy) if wanted == [True, False, False] else None
-    if region is not None:
-        yield 0, _energy_of_region(arguments, energy, region)
-        return
+    if wanted == [True, False, False]:
+        region = _region(arguments, energy)
+        if region is not None:
+            yield 0, _energy_of_region(arguments, energy, region)
+            return
+        if _skips(arguments):
+            yield 0, _energy_of_met(arguments, energy)
+            return
+        if _is_thin(arguments):
+            yield 0, _energy_by_columns(arguments, energy)
+            return
     parts = torch.ops.aten.convolution_backward(
-        energy, image.square() if wanted[1] else image, weight.square(), [weight.shape[0]], *geometry, wanted
+        energy, image.square() if wanted[1] else image, power, [power.shape[0]], *geometry, wanted
     )
     for position in inputs:
         yield position, parts[position]
@@ -68,9 +77,45 @@ def _region(arguments: Arguments, energy: Tensor) -> list[tuple[int, int]] | Non
     return ends if math.prod(b - a + 1 for a, b in ends) <= _SMALL * math.prod(energy.shape[2:]) else None
 
 
+def _skips(arguments: Arguments) -> bool:
+    """Whether a convolution with one tap and strides meets only some of the positions: torch is slow at that."""
+    one = all(n == 1 for n in arguments["weight"].shape[2:])
+    padded = any(n != 0 for n in arguments["padding"])
+    return one and any(n != 1 for n in arguments["stride"]) and not padded and not arguments["transposed"]
+
+
+def _energy_of_met(arguments: Arguments, energy: Tensor) -> Tensor:
+    """The energy at the input of a convolution with one tap: as without strides, at the positions that it meets."""
+    image, power = arguments["input"], once(arguments, "power", arguments["weight"].square)
+    rank = power.ndim - 2
+    source = image.new_empty((1,)).expand(*image.shape[:2], *energy.shape[2:])
+    ones, none = [1 for _ in range(rank)], [0 for _ in range(rank)]
+    geometry = (ones, none, ones, False, none, arguments["groups"], [True, False, False])
+    whole = torch.zeros_like(image, dtype=energy.dtype)
+    met: tuple[Any, ...] = (..., *(slice(None, None, step) for step in per_axis(arguments["stride"], rank)))
+    whole[met] = torch.ops.aten.convolution_backward(energy, source, power, None, *geometry)[0]
+    return whole
+
+
+def _is_thin(arguments: Arguments) -> bool:
+    """Whether a 2-D convolution reads so few channels that its backward is faster as one product of matrices."""
+    _, channels, *kernel = arguments["weight"].shape
+    few = channels <= _THIN and len(kernel) == 2 and math.prod(kernel) <= _WINDOW
+    return few and arguments["groups"] == 1 and not arguments["transposed"]
+
+
+def _energy_by_columns(arguments: Arguments, energy: Tensor) -> Tensor:
+    """The energy at the input of a convolution, first per tap and then summed where taps meet."""
+    power = once(arguments, "power", arguments["weight"].square)
+    columns = power.flatten(1).T @ energy.flatten(2)
+    geometry = [per_axis(arguments[name], 2) for name in ("dilation", "padding", "stride")]
+    whole: Tensor = torch.ops.aten.col2im(columns, arguments["input"].shape[2:], power.shape[2:], *geometry)
+    return whole
+
+
 def _energy_of_region(arguments: Arguments, energy: Tensor, region: list[tuple[int, int]]) -> Tensor:
     """The energy at the input of a convolution, whose output has energy in ``region`` only."""
-    image, weight = arguments["input"], arguments["weight"].square()
+    image, weight = arguments["input"], once(arguments, "power", arguments["weight"].square)
     stride, padding, dilation = (
         per_axis(arguments[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")
     )

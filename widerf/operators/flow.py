@@ -24,6 +24,13 @@ from widerf.trace.tape import Call, transposed_jacobian
 Energies = list["Tensor | None"]
 
 
+class Slope(NamedTuple):
+    """An element-wise derivative and its square."""
+
+    derivative: Tensor
+    square: Tensor
+
+
 class Flow(NamedTuple):
     """Expected squared gradient at each element of a tensor.
 
@@ -41,16 +48,11 @@ class Flow(NamedTuple):
             return Flow(self.energy + other.energy, other.common if self.common is None else self.common)
         return Flow(self.energy + other.energy, root(self.common.square() + other.common.square()))
 
-    def times(self, derivative: Tensor | None, shape: tuple[int, ...]) -> Flow:
+    def times(self, slope: Slope | None, shape: tuple[int, ...]) -> Flow:
         """Through an element-wise derivative (None: 1), summed over the axes that were broadcast from ``shape``."""
-        energy = self.energy if derivative is None else derivative.square() * self.energy
-        common = self.common if derivative is None or self.common is None else derivative * self.common
+        energy = self.energy if slope is None else slope.square * self.energy
+        common = self.common if slope is None or self.common is None else slope.derivative * self.common
         return Flow(energy.sum_to_size(shape), None if common is None else common.sum_to_size(shape))
-
-    def where(self, mask: Tensor, shape: tuple[int, ...]) -> Flow:
-        """Through an element-wise derivative of 1 where ``mask`` and 0 elsewhere."""
-        common = None if self.common is None else (self.common * mask).sum_to_size(shape)
-        return Flow((self.energy * mask).sum_to_size(shape), common)
 
     def scaled(self, factor: float) -> Flow:
         """The flow with all energies times ``factor``."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from widerf.operators.boxes import EMPTY, Jump, extend, is_constant_along, per_axis, reshaped, smallest, stacked
 from widerf.operators.flow import Energies, carried
-from widerf.operators.rule import Arguments, Inputs, Parts, Rule, Shape, joined, named
-from widerf.trace.tape import Call, transposed_jacobian
+from widerf.operators.rule import Arguments, Inputs, Parts, Rule, Shape, joined, named, once
+from widerf.trace.tape import Call, linearised
 
 Outcome = list[Tensor | None]
 Move = Callable[[Call, Arguments, Inputs, list[Any]], tuple[Any, ...]]
@@ -20,7 +20,7 @@ Move = Callable[[Call, Arguments, Inputs, list[Any]], tuple[Any, ...]]
 
 def energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies) -> Parts:
     """Entries of J are 0 and 1, their own squares."""
-    yield from transposed_jacobian(call, inputs, energies).items()
+    yield from once(arguments, "derivative", lambda: linearised(call, inputs))(energies).items()
 
 
 # ── boxes: the operator itself moves them, one component of the box at a time ───────────────────────────

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from widerf.operators.boxes import Jump, thin
 from widerf.operators.flow import Energies, Flow, root, scattered
-from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, in_place, joined, named
+from widerf.operators.rule import Arguments, CommonParts, Inputs, Parts, Rule, in_place, joined, named, once
 from widerf.trace.tape import Call, Tape
 
 # ── boxes ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -79,13 +79,18 @@ def _trains(call: Call, arguments: Arguments) -> bool:
 
 def _of_batch(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies) -> Parts:
     x, energy = _only_the_image(call, inputs, energies)
+    scale = once(arguments, "scale", lambda: _squared_scale(arguments, x, _trains(call, arguments)))
+    energy = energy * _per_channel(scale, x.ndim)
+    if not _trains(call, arguments):
+        yield 0, energy
+    else:
+        yield 0, _standardised(x, energy, (0, *range(2, x.ndim)), _epsilon(arguments))
+
+
+def _squared_scale(arguments: Arguments, x: Tensor, trains: bool) -> Tensor:
     weight: Tensor | None = arguments.get("weight")
     scale = x.new_ones(x.shape[1]) if weight is None else weight.square()
-    if not _trains(call, arguments):
-        yield 0, energy * _per_channel(scale / (arguments["running_var"] + _epsilon(arguments)), x.ndim)
-    else:
-        energy = energy * _per_channel(scale, x.ndim)
-        yield 0, _standardised(x, energy, (0, *range(2, x.ndim)), _epsilon(arguments))
+    return scale if trains else scale / (arguments["running_var"] + _epsilon(arguments))
 
 
 def _of_group(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies) -> Parts:

@@ -38,6 +38,14 @@ def always(call: Call, arguments: Arguments, reaches: list[Tensor]) -> bool:
     return True
 
 
+def once(arguments: Arguments, name: str, make: Callable[[], Any]) -> Any:
+    """What follows from a call's arguments alone: made when first asked for, and kept beside them for later passes."""
+    key = f"{name} of the arguments"
+    if key not in arguments:
+        arguments[key] = make()
+    return arguments[key]
+
+
 @dataclass(frozen=True)
 class Rule:
     """What one kind of operator does to what its tracked inputs see, and to the gradients of its outputs.

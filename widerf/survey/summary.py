@@ -13,11 +13,13 @@ from torch import nn
 
 from widerf._checks import require
 from widerf.convolutions.branches import silent_branches
+from widerf.erf.coordinates import Reading
+from widerf.erf.energy import Backward
 from widerf.erf.frame import Frame
 from widerf.erf.map import CLIPPED_LIMIT, ERF
 from widerf.erf.measurement import measure as measured
 from widerf.erf.prediction import predicted
-from widerf.erf.receptive import ReceptiveField, from_marks
+from widerf.erf.receptive import ReceptiveField, field_of, from_marks
 from widerf.errors import ClippedWarning, DeadUnitError, UntreatedOperatorError
 from widerf.report import Report, counted, listed
 from widerf.survey.looking import heard, looking
@@ -210,32 +212,35 @@ def surveyed(scene: Scene, *, chosen: bool = True) -> Summary:
     """Summarise the maps of a scene; without ``chosen`` only those of layers that change what is seen."""
     tape = scene.tape
     sites = [site for site in scene.sites if site.name in tape.marks]
-    fields = from_marks(tape, [site.name for site in sites])
+    readings = from_marks(tape, [site.name for site in sites])
     if not chosen:
-        last = fields[scene.site.name]
-        wanted = looking(tape, scene.model, last.global_paths if isinstance(last, ReceptiveField) else ())
+        last = readings[scene.site.name]
+        wanted = looking(tape, scene.model, last.result.global_paths if isinstance(last, Reading) else ())
         sites = [site for site in sites if site.name in wanted]
         if all(tape.marks[site.name] != tape.target for site in sites):
             sites.append(scene.site)
     silent = silent_branches(scene.model)
     alive = heard(tape, scene.model, silent)
-    rows = [_view(scene, site, fields[site.name], tape.marks[site.name] not in alive) for site in sites]
+    backward = Backward(tape)
+    rows = [_view(scene, backward, site, readings[site.name], tape.marks[site.name] not in alive) for site in sites]
     lost = [site.name for site in scene.sites if site.name not in tape.marks]
     return Summary(
         tuple(rows), tuple(_warnings(rows, silent, lost)), model=type(scene.model).__name__, input_size=scene.input_size
     )
 
 
-def _view(scene: Scene, site: MapSite, found: ReceptiveField | UntreatedOperatorError, silent: bool) -> LayerView:
+def _view(
+    scene: Scene, backward: Backward, site: MapSite, reading: Reading | UntreatedOperatorError, silent: bool
+) -> LayerView:
     row = LayerView(site.name, type(site.module).__name__, site.spatial_shape, silent=silent)
-    if isinstance(found, UntreatedOperatorError):
-        return replace(row, note=str(found))
-    own = scene.at(site)
+    if isinstance(reading, UntreatedOperatorError):
+        return replace(row, note=str(reading))
+    own, found = scene.at(site), field_of(reading, scene.tape, site.name)
     frame = Frame.of(found, [own.unit])
     paths = f"sees the whole image by {listed(found.global_paths, 2)}" if found.global_paths else ""
     row = replace(row, jump=found.jump, trf_size=frame.trf_size, note=paths, field=found)
     try:
-        erf = predicted(own, frame, warn=False)
+        erf = predicted(own, frame, warn=False, backward=backward)
     except (UntreatedOperatorError, DeadUnitError) as error:
         return replace(row, note="; ".join(filter(None, (paths, str(error)))))
     used = None if frame.trf_size is None else erf.size() / mean_side(frame.trf_size)

@@ -104,25 +104,39 @@ def own_leaf(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
+Product = Callable[[Sequence["Tensor | None"]], dict[int, Tensor]]
+
+
 def transposed_jacobian(
     call: Call, inputs: Mapping[int, Tensor], cotangents: Sequence[Tensor | None]
 ) -> dict[int, Tensor]:
     """Jᵀ times a cotangent per output, at the given inputs: position of a leaf → product."""
+    return linearised(call, inputs)(cotangents)
+
+
+def linearised(call: Call, inputs: Mapping[int, Tensor]) -> Product:
+    """Run a call at the given inputs, and return what multiplies cotangents of its outputs by Jᵀ there."""
     with torch.enable_grad():
         tensors = {position: own_leaf(tensor) for position, tensor in inputs.items()}
         outs = call.run(tensors)
+
+    def product(cotangents: Sequence[Tensor | None]) -> dict[int, Tensor]:
         pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
         if not pairs:
             return {}
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            list(tensors.values()),
-            [c.expand_as(o) for o, c in pairs],
-            allow_unused=True,
-            # The product itself may be differentiated.
-            create_graph=any(t.requires_grad for t in (*(c for _, c in pairs), *inputs.values())),
-        )
-    return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                list(tensors.values()),
+                [c.expand_as(o) for o, c in pairs],
+                retain_graph=True,  # it may be asked again
+                allow_unused=True,
+                # The product itself may be differentiated.
+                create_graph=any(t.requires_grad for t in (*(c for _, c in pairs), *inputs.values())),
+            )
+        return {position: g for position, g in zip(tensors, found, strict=True) if g is not None}
+
+    return product
 
 
 @dataclass
