@@ -73,6 +73,7 @@ SIGNATURES = {
     "convert": "model, *, extent=None, pattern=..., only=None, skip=None, input_size=None, seed=0, dry_run=False",
     "densify": "model",
     "load_state_dict": "model, state, strict=True",
+    "rebuild_on_load": "model",
     "kernels.info": "",
     "kernels.use": "choice",
 }

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-NET = '''
+NET = """
 import torch
 from torch import nn
 
@@ -29,9 +29,9 @@ class UNet(nn.Module):
 
 def image():
     return torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(3))
-'''
+"""
 
-TRAIN = '''
+TRAIN = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import lightning.pytorch as L, torch, widerf
@@ -72,9 +72,9 @@ with torch.no_grad():
     torch.save(net(image()), "output.pt")
 print(json.dumps({"gain": gain, "sparse": sparse, "steps": trainer.global_step, "history": tracker.history,
                   "std": widerf.predict(net, (3, 48, 32)).std}))
-'''
+"""
 
-LOAD = '''
+LOAD = """
 import json, warnings
 warnings.simplefilter("ignore")
 import onnxruntime, torch, widerf
@@ -96,7 +96,7 @@ session = onnxruntime.InferenceSession("net.onnx", providers=["CPUExecutionProvi
 (found,) = session.run(None, {session.get_inputs()[0].name: image().numpy()})
 said["onnx"] = float((torch.from_numpy(found) - torch.load("output.pt")).abs().max())
 print(json.dumps(said))
-'''
+"""
 
 
 def in_process(folder: Path, *command: str) -> str:
@@ -104,7 +104,13 @@ def in_process(folder: Path, *command: str) -> str:
     paths = os.pathsep.join([str(folder), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

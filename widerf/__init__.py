@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widerf import functional, init, kernels, patterns, profile
-    from widerf.conversion.keeping import load_state_dict
+    from widerf.conversion.keeping import load_state_dict, rebuild_on_load
     from widerf.conversion.report import ConversionReport
     from widerf.conversion.swap import convert, densify
     from widerf.erf.map import ERF
@@ -47,6 +47,7 @@ _HOME = {
     "load_state_dict": "conversion.keeping",
     "measure": "erf.measurement",
     "predict": "erf.prediction",
+    "rebuild_on_load": "conversion.keeping",
     "receptive_field": "erf.receptive",
     "summary": "survey.summary",
 }
@@ -80,6 +81,7 @@ __all__ = [
     "patterns",
     "predict",
     "profile",
+    "rebuild_on_load",
     "receptive_field",
     "summary",
 ]

@@ -84,6 +84,12 @@ def taps_on_the_map(model: nn.Module, _: Any, size: tuple[int, ...]) -> float:
     return float(hits.mean()) / 9
 
 
+def taps_on_the_map_of_the_row(_: nn.Module, made: Any, __: tuple[int, ...]) -> float:
+    """The same on the map that the call shows."""
+    hits = nn.functional.conv2d(torch.ones(1, 1, *made["1"].map_size), torch.ones(1, 1, 7, 7), None, 1, 3)
+    return float(hits.mean()) / 49
+
+
 def clipped_in(_: nn.Module, made: Any, __: tuple[int, ...]) -> float:
     return made.clipped
 
@@ -110,6 +116,11 @@ def off_the_map() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=18, dilation=18))
 
 
+def wide_by_its_taps() -> nn.Module:
+    """As the last stage of a ConvNeXt at a small image: 7×7 on a map of 5×4."""
+    return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 7, padding=3, groups=8))
+
+
 def trained() -> nn.Module:
     model = nn.Sequential(
         *[m for i in range(4) for m in (nn.Conv2d(8 if i else 3, 8, 3, padding=1), nn.BatchNorm2d(8))]
@@ -130,6 +141,14 @@ CASES: dict[str, Case] = {
     "silent branches": (silent, (3, 32, 32), None, "silent", "torch.nn.init.ones_", std_of),
     "strided grid": (strided_grid, (3, 40, 40), None, "strided_grid", ".dilation", read_by_all_units),
     "ASPP off its map": (off_the_map, (3, 16, 16), None, "off_the_map", ".dilation", taps_on_the_map),
+    "kernel off its map": (
+        wide_by_its_taps,
+        (3, 20, 16),
+        None,
+        "off_the_map",
+        "widerf.summary(",
+        taps_on_the_map_of_the_row,
+    ),
     "U-Net skips": (lambda: UNet(1.0), (3, 64, 64), None, "skip_dominates", "widerf.convert(", std_of),
     "ViT": (vit, (3, 160, 160), None, "global_paths", "widerf.measure(", std_in),
     "trained weights": (trained, (3, 32, 32), None, "pretrained", "stratified", std_of),
@@ -145,12 +164,18 @@ def test_the_fault_is_named_and_the_call_gives_what_it_says(case: str) -> None:
     finding = widerf.advise(model, size, object_size=wanted)[name]
     assert fingerprint(model) == before
     assert finding.call is not None and told in finding.call
-    if look not in (clipped_in, std_in):  # these look at what the call returns
+    if look not in (clipped_in, std_in, taps_on_the_map_of_the_row):  # these look at what the call returns
         assert finding.before == pytest.approx(look(model, None, size), rel=0.05)
     given = made(model, finding.call)
     assert finding.after == pytest.approx(look(model, given, size), rel=0.05)
     if look is not std_in:  # a measurement confirms; all others change something
         assert finding.after != pytest.approx(finding.before, rel=0.01)
+
+
+def test_a_window_that_is_wide_by_its_taps_is_shown_the_least_image_that_holds_it() -> None:
+    finding = widerf.advise(wide_by_its_taps(), (3, 20, 16))["off_the_map"]
+    assert "nothing to mend in the layer" in finding.what and "(3, 35, 28)" in finding.call
+    assert made(wide_by_its_taps(), finding.call)["1"].map_size == (8, 7)
 
 
 def test_an_erf_that_covers_the_object_is_said_to_and_nothing_is_proposed() -> None:

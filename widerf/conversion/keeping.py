@@ -64,6 +64,43 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], strict: bool = T
     return exchange(model, pairs, lambda: _loaded(model, plain, kept, strict))
 
 
+def rebuild_on_load(model: nn.Module) -> Any:
+    """Make a model's own ``load_state_dict`` build the sparse layers that a state needs, whoever calls it.
+
+    For loaders that call it themselves: ``from_pretrained`` of a model with ``huggingface_hub``'s
+    ``PyTorchModelHubMixin``, which else drops offsets without a word, Lightning's ``load_from_checkpoint``,
+    ``timm.models.load_checkpoint``. Say it at the end of the model's ``__init__``. What does not fit raises as torch's
+    loading does, which, unlike :func:`load_state_dict`, may by then have changed the model.
+
+    Args:
+        model: the model as its builder makes it; it may become part of a larger one.
+
+    Returns:
+        a handle; its ``remove()`` ends it.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+
+    Example:
+        >>> from widerf import convert
+        >>> build = lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+        >>> net, fresh = build(), build()
+        >>> _ = convert(net, extent=7)
+        >>> _ = rebuild_on_load(fresh)
+        >>> fresh.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> type(fresh[1]).__name__
+        'SparseConv2d'
+    """
+    require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
+    return model.register_load_state_dict_pre_hook(_rebuilt)  # type: ignore[no-untyped-call]
+
+
+def _rebuilt(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    exchange(model, _pairs(model, own), lambda: None)
+
+
 def without_prefix(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state without the prefix that wrappers put before all of its names."""
     own, found = set(model.state_dict()), dict(state)
@@ -165,7 +202,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Any], str]:
         raise
     except Exception as error:  # pickle, zip and torch each have errors of their own
         called = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on to tell how to run it all the same
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        said = str(error.__context__ or error).strip().splitlines() or [type(error).__name__]
         why = f"it holds more than tensors and calls {called[1]}, which was not run" if called else said[0]
         raise ValueError(f"path must hold tensors only, and whole, got {str(path)!r}: {why}") from error
     return _unwrapped(found, path)

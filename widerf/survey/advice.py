@@ -166,7 +166,7 @@ class _Network:
             yield self._silence()
         yield from self._sufficiency(self.erf, object_size)
         yield from strided_grids(self.model, self.kernels)
-        yield from off_the_map(self.model, self.kernels, places)
+        yield from off_the_map(self.scene, self.kernels, places)
         skip = skip_dominates(self.scene, self.kernels, places, self.std)
         if skip is not None:
             yield skip

@@ -12,10 +12,10 @@ from torch import nn
 from widerf.conversion.swap import convert
 from widerf.convolutions.convolution import Convolution
 from widerf.convolutions.padding import border_loss
-from widerf.convolutions.places import Place
+from widerf.convolutions.places import Place, find_places
 from widerf.convolutions.selection import find_convolutions
 from widerf.erf.prediction import expected_energy
-from widerf.survey.findings import Finding, Look, call_of, mended, spaced
+from widerf.survey.findings import Finding, Look, Remedy, call_of, mended, spaced
 from widerf.trace.scene import Scene
 from widerf.trace.tape import Call, Tape
 
@@ -56,8 +56,13 @@ def _seen(kernel: Convolution) -> float:
     return math.prod(1 / math.gcd(s, d) for k, s, d in axes if k > 1)
 
 
-def off_the_map(model: nn.Module, kernels: Sequence[Convolution], places: Mapping[str, Place]) -> Iterator[Finding]:
-    """Find convolutions whose windows are wider than the map that they slide over: taps there read padding only."""
+def off_the_map(scene: Scene, kernels: Sequence[Convolution], places: Mapping[str, Place]) -> Iterator[Finding]:
+    """Find convolutions whose windows are wider than the map that they slide over: taps there read padding only.
+
+    A dilated window is drawn in. One that is wide by its taps alone is left as it is: there is nothing to mend in the
+    layer, only in the size of the image, and the call shows the least size at which the window lies on its map.
+    """
+    model = scene.model
     for kernel in kernels:
         place = places.get(kernel.name)
         if place is None or kernel.transposed or kernel.offsets is not None:
@@ -75,8 +80,26 @@ def off_the_map(model: nn.Module, kernels: Sequence[Convolution], places: Mappin
             (kernel.name,), figure="share of taps that meet the map", before=look(model),
         )  # fmt: skip
         fitting = [min(d, max(1, (n - 1) // (k - 1))) if k > 1 else d for k, d, n in axes]
-        remedy = spaced(model, kernel.name, kernel.dilation, fitting) if fitting != list(kernel.dilation) else None
-        yield finding if remedy is None else mended(model, finding, remedy, look)
+        if fitting != list(kernel.dilation):
+            remedy = spaced(model, kernel.name, kernel.dilation, fitting)
+            yield finding if remedy is None else mended(model, finding, remedy, look)
+        else:
+            yield _at_a_larger_size(
+                scene, kernel, finding, max(w / n for w, (_, _, n) in zip(window, axes, strict=True))
+            )
+
+
+def _at_a_larger_size(scene: Scene, kernel: Convolution, finding: Finding, ratio: float) -> Finding:
+    channels, *spatial = scene.input_size
+    larger = (channels, *(math.ceil(n * ratio - 1e-9) for n in spatial))
+
+    def look(model: nn.Module) -> float:
+        own = Scene.of(model, larger, scene.site.name or None)
+        return _met(_kernel(model, kernel.name), find_places(own, [_kernel(model, kernel.name)])[kernel.name])
+
+    text = f"widerf.summary(model, {larger}, layers=[{kernel.name!r}])"
+    told = replace(finding, what=f"{finding.what}; nothing to mend in the layer: larger images give it a larger map")
+    return mended(scene.model, told, Remedy(text, lambda model: None), look)
 
 
 def _met(kernel: Convolution, place: Place) -> float:
