@@ -12,13 +12,17 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from widerf._checks import require_known
 
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
 Row = TypeVar("Row")
+PATIENCE = 2.0  # seconds after which one wants to see that something goes on
 
 _TABLE = """\
 <table>
@@ -106,9 +110,9 @@ def _rendered(template: str, **content: object) -> str:
 class Report(Sequence[Row], Generic[Row]):
     """A sequence of rows that shows itself as a table.
 
-    ``print(report)`` and notebooks show it; ``report["layer1.0.conv1"]`` is the row of that name; ``to_json()`` gives
-    everything to a machine, ``to_pandas()`` and ``to_csv()`` the rows; ``save("report.html")`` writes it (``.html``,
-    ``.json``, ``.csv`` or plain text).
+    ``print(report)`` and notebooks show it, ``rich.print(report)`` to a terminal's width and in its colours;
+    ``report["layer1.0.conv1"]`` is the row of that name; ``to_json()`` gives everything to a machine, ``to_pandas()``
+    and ``to_csv()`` the rows; ``save("report.html")`` writes it (``.html``, ``.json``, ``.csv`` or plain text).
 
     Subclasses set ``columns``, may add fields, and say their own lines above the table in :meth:`lines`.
 
@@ -125,6 +129,10 @@ class Report(Sequence[Row], Generic[Row]):
     def lines(self) -> list[str]:
         """Return what is said above the table."""
         return []
+
+    def style(self, row: Row) -> str:
+        """Return the ``rich`` style of a row: none, where nothing is the matter."""
+        return ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -159,6 +167,26 @@ class Report(Sequence[Row], Generic[Row]):
             for text in self.warnings
         ]
         return "\n".join([*self.lines(), table(*self._shown()), *warnings])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        yield from map(Text, self.lines())
+        yield self._rich_rows(options.max_width)
+        yield from (Text(f"Warning: {text}", "yellow") for text in self.warnings)
+
+    def _rich_rows(self, width: int) -> RenderableType:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        titles, cells = self._shown()
+        shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        for title in titles:
+            shown.add_column(title, overflow="fold")
+        for row, texts in zip(self.rows, cells, strict=True):
+            shown.add_row(*map(Text, texts), style=self.style(row))
+        return shown
 
     def _repr_html_(self) -> str:
         titles, rows = self._shown()
@@ -214,6 +242,15 @@ class Report(Sequence[Row], Generic[Row]):
         ways = {".html": self._repr_html_, ".json": self.to_json, ".csv": self.to_csv}
         written = ways.get(target.suffix, self.__str__)()
         target.write_text(written + "\n", encoding="utf-8")
+
+
+def progress_bar(
+    steps: Iterable[Any] | None = None, *, shown: bool, what: str, unit: str, total: int | None = None, delay: float = 0
+) -> Any:
+    """Return a bar on stderr over some steps, or to be updated by hand, that appears after ``delay`` seconds."""
+    from tqdm import tqdm
+
+    return tqdm(steps, total=total, disable=not shown, desc=what, unit=unit, delay=delay)
 
 
 def _apart(key: str, value: Any, length: int) -> list[tuple[str, Any]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -163,3 +168,87 @@ def test_a_terminal_without_greek_letters_gets_the_table() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "? size" in done.stdout or "?? size" in done.stdout
+
+
+def on_a_terminal(*command: str, columns: int) -> str:
+    """What a command shows on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in environment.items() if name not in ("NO_COLOR", "COLUMNS")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "widerf.cli.commands", *command], stdout=theirs, stderr=subprocess.PIPE, env=environment,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait(timeout=120) == 0, process.stderr.read() if process.stderr else ""
+    if process.stderr:
+        process.stderr.close()
+    return shown.decode()
+
+
+@pytest.mark.parametrize("command", ["summary", "doctor"])
+def test_a_terminal_gets_its_width_and_colours_and_a_pipe_plain_text(command: str) -> None:
+    asked = (command, SLEEPER, *SMALL)
+    shown = on_a_terminal(*asked, columns=60)
+    assert "\x1b[" in shown
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    held = [line for line in plain.splitlines() if not line.strip().startswith("do:")]  # a call is not cut
+    assert max(map(len, held[1:])) <= 60
+    piped = subprocess.run(
+        [sys.executable, "-m", "widerf.cli.commands", *asked], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[2],
+    ).stdout  # fmt: skip
+    assert "\x1b" not in piped and max(map(len, piped.splitlines())) > 60
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_are_told_how_to_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0 and all(word in script for word in ("doctor", "--object-size", "summary"))
+
+
+def test_without_shtab_completion_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 2 and "widerf[completion]" in capsys.readouterr().err
+
+
+def test_what_takes_long_shows_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, said in (("summary", "predict"), ("doctor", "try")):
+        main([command, HERE, *SMALL])
+        assert said not in capsys.readouterr().err  # soon done
+        for module in ("summary", "advice"):
+            monkeypatch.setattr(f"widerf.survey.{module}.PATIENCE", 0)
+        main([command, HERE, *SMALL])
+        assert said in capsys.readouterr().err
+        main([command, HERE, *SMALL, "--json"])
+        assert said not in capsys.readouterr().err
+        monkeypatch.undo()
+
+
+def test_one_of_many_models_that_cannot_be_looked_at_keeps_its_reason_and_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["erf", HERE, "no_such_net", SLEEPER, *SMALL, "--samples", "0"]) == 2
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == [HERE, SLEEPER, "no_such_net"]
+    assert "MODEL must each be one that can be looked at, got no_such_net" in err

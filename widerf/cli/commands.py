@@ -10,10 +10,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-# What a user's words, files and models can bring about. Not TypeError: that is a fault of ours, and shows its place.
-_EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
+from widerf.cli.faults import EXPECTED, in_a_line
+
 _LARGEST = 2**28  # numbers in an input: more is a slip of the keyboard, and no machine has the memory
 
 
@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from widerf.cli import running
 
             getattr(running, options.run)(options)
-        except _EXPECTED as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            print(f"widerf: error: {said}", file=sys.stderr)
+        except EXPECTED as error:
+            print(f"widerf: error: {in_a_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
@@ -72,6 +71,18 @@ def _whole(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be integers such as 7,7, got {text!r}") from None
+
+
+class _Completion(argparse.Action):
+    """Print what makes a shell complete commands and options, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: argparse.Namespace, shell: Any, __: object = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("completion needs shtab: pip install 'widerf[completion]'")
+        print(shtab.complete(parser, shell))
+        parser.exit(0)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     one, several = _common(), _common(several=True)
     parser = _Parser(prog="widerf", description="See and widen the receptive fields of a network.")
     parser.add_argument("--version", action="version", version=f"widerf {widerf.__version__}")
+    parser.add_argument(
+        "--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help="print a completion script"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     erf = commands.add_parser("erf", parents=[several], help="measure and predict the effective receptive field")
     erf.add_argument("--unit", type=_whole, metavar="I,J", help="unit on the map; default: the centre one")

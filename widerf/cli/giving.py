@@ -75,10 +75,21 @@ def give(options: argparse.Namespace, found: Found) -> None:
         tables = [table(["ERF (input pixels)", *figures], rows)] if figures else []
         print("\n".join([*found.lines, *tables]))
         if found.report is not None:
-            print(f"\n{found.report}")
+            print()
+            show(found.report)
     if options.out is not None:
         _write(options, found, told, rows)
         print(f"widerf: wrote {options.out / 'report.html'}", file=sys.stderr)
+
+
+def show(report: Report[Any]) -> None:
+    """Print a report: to a terminal's width and in its colours, elsewhere as plain text."""
+    if sys.stdout.isatty():
+        import rich
+
+        rich.print(report)
+    else:
+        print(report)
 
 
 def _write(options: argparse.Namespace, found: Found, told: dict[str, Any], rows: Sequence[Sequence[str]]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widerf._checks import require
+from widerf.cli.faults import EXPECTED, in_a_line
 from widerf.cli.giving import Found, figures_of, give, short, text
-from widerf.report import Report, listed, table
+from widerf.report import PATIENCE, Report, listed, progress_bar, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,22 +65,37 @@ def prepared(options: argparse.Namespace, name: str) -> Subject:
 
 def erf(options: argparse.Namespace) -> None:
     """``widerf erf``: one model in full, or several in one table."""
-    found = [_erf(options, name) for name in options.model]
-    if len(found) == 1:
-        give(options, found[0])
+    if len(options.model) == 1:
+        give(options, _erf(options, options.model[0]))
         return
-    rows = []
-    for name, each in zip(options.model, found, strict=True):
-        figures = {road: figures_of(erf) for road, erf in each.erfs.items()}
-        facts = each.told["receptive_field"]
-        cells = [cell for of in figures.values() for cell in (short(of["std"]), short(of["2-sigma size"]))]
-        rows.append([name, text(each.told["input_size"]), text(facts["theoretical size"]), *cells])
-    heads = [head for road in found[0].erfs for head in (f"{road} std", "2σ size")]
-    titles = ["model", "input", "theoretical", *heads]
-    told = [each.told | {"erf": {road: figures_of(erf) for road, erf in each.erfs.items()}} for each in found]
-    lines = table(titles, rows).splitlines()
-    erfs = {f"{number}-{road}": erf for number, each in enumerate(found, 1) for road, erf in each.erfs.items()}
-    give(options, Found("Effective receptive fields", lines, {"models": told}, erfs, compact=True))
+    names = progress_bar(options.model, shown=not options.json, what="erf", unit="model", delay=PATIENCE)
+    found = {name: _erf_or_reason(options, name) for name in names}
+    seen = {name: each for name, each in found.items() if isinstance(each, Found)}
+    lost = {name: each for name, each in found.items() if not isinstance(each, Found)}
+    roads = ["predicted"] + (["measured"] if options.samples > 0 else [])
+    titles = ["model", "input", "theoretical", *(head for road in roads for head in (f"{road} std", "2σ size"))]
+    rows = [_row(name, each) for name, each in seen.items()] + [
+        [name, reason, *("" for _ in titles[2:])] for name, reason in lost.items()
+    ]
+    told = [each.told | {"erf": {road: figures_of(erf) for road, erf in each.erfs.items()}} for each in seen.values()]
+    erfs = {f"{number}-{road}": erf for number, each in enumerate(seen.values(), 1) for road, erf in each.erfs.items()}
+    facts = {"models": told} | ({"lost": lost} if lost else {})
+    give(options, Found("Effective receptive fields", table(titles, rows).splitlines(), facts, erfs, compact=True))
+    require(not lost, "MODEL", "each be one that can be looked at", listed(list(lost)))
+
+
+def _row(name: str, found: Found) -> list[str]:
+    figures = [figures_of(erf) for erf in found.erfs.values()]
+    cells = [cell for of in figures for cell in (short(of["std"]), short(of["2-sigma size"]))]
+    return [name, text(found.told["input_size"]), text(found.told["receptive_field"]["theoretical size"]), *cells]
+
+
+def _erf_or_reason(options: argparse.Namespace, name: str) -> Found | str:
+    """One of many: what ails it is no reason to lose the others."""
+    try:
+        return _erf(options, name)
+    except EXPECTED as error:
+        return in_a_line(error)
 
 
 def _erf(options: argparse.Namespace, name: str) -> Found:
@@ -114,7 +130,9 @@ def summary(options: argparse.Namespace) -> None:
     import widerf
 
     subject = prepared(options, options.model)
-    report = widerf.summary(subject.model, subject.size, layers=options.layers, measure=options.samples)
+    report = widerf.summary(
+        subject.model, subject.size, layers=options.layers, measure=options.samples, progress=not options.json
+    )
     figures: dict[str, Any] = {"ERF against depth": report.plot().figure} if options.out is not None else {}
     told = subject.told(report=report.to_dict())
     give(options, Found(f"Summary: {subject.name}", [subject.line], told, report=report, figures=figures))
@@ -127,7 +145,9 @@ def doctor(options: argparse.Namespace) -> None:
     import widerf
 
     subject = prepared(options, options.model)
-    report = widerf.advise(subject.model, subject.size, object_size=options.object_size, layer=options.layer)
+    report = widerf.advise(
+        subject.model, subject.size, object_size=options.object_size, layer=options.layer, progress=not options.json
+    )
     told = subject.told(report=report.to_dict())
     give(options, Found(f"Doctor: {subject.name}", [subject.line], told, report=report))
 

@@ -16,6 +16,7 @@ from widerf.erf.images import Images
 from widerf.erf.map import ERF
 from widerf.erf.receptive import from_tape
 from widerf.errors import UntreatedOperatorError
+from widerf.report import progress_bar
 from widerf.trace.ambient import own_state, plain_arithmetic
 from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene, noise
@@ -102,7 +103,7 @@ def measure(
     backward = _Backward(model, scene.site, units, generator)
     blocks = _Blocks()
     frame = _frame(scene, units)
-    with untouched(model), _bar(samples, progress) as bar:
+    with untouched(model), progress_bar(shown=progress, what="measure", unit="draw", total=samples) as bar:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         # What the forward pass draws (dropout) comes from the generator too.
@@ -235,9 +236,3 @@ class _Blocks:
             block_samples=self.counts,
             warn=warn,
         )
-
-
-def _bar(samples: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=samples, disable=not progress, unit="draw", desc="measure")

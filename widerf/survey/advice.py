@@ -7,7 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -26,11 +26,14 @@ from widerf.errors import ClippedWarning, UntreatedOperatorError
 from widerf.init import apply
 from widerf.init.advice import has_seen_data
 from widerf.init.target import weigh
-from widerf.report import Report, counted, listed
+from widerf.report import PATIENCE, Report, counted, listed, progress_bar
 from widerf.survey.findings import Finding, Look, Remedy, after, call_of, mended, waking
 from widerf.survey.structure import off_the_map, skip_dominates, strided_grids
 from widerf.survey.summary import mean_side
 from widerf.trace.scene import Scene
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _SIZE, _STD = "2σ size, input pixels", "ERF std, input pixels"
 _LIMITING = 3
@@ -66,23 +69,43 @@ class Advice(Report[Finding]):
             said.append(f"predicted ERF: 2σ size {self.erf_size:.3g}, std {self.erf_std:.3g} input pixels")
         return said
 
+    def style(self, row: Finding) -> str:
+        """Return how a finding looks in a terminal: faults red, news green."""
+        return "red" if row.fault else "green"
+
+    def _rich_rows(self, width: int) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        shown = []
+        for row, block in zip(self.rows, self._blocks(width), strict=True):
+            head = len(block) - len(block.partition(": ")[2])
+            text = Text(block)
+            text.stylize(f"bold {self.style(row)}", 0, head)
+            text.highlight_regex(r"(?m)(?<=^   do: ).*$", "cyan")
+            shown.append(text)
+        return Group(*shown)
+
     def __str__(self) -> str:
+        return "\n".join([*self.lines(), *self._blocks(), *(f"Warning: {text}" for text in self.warnings)])
+
+    def _blocks(self, width: int = 120) -> list[str]:
         blocks = []
         for number, row in enumerate(self.rows, 1):
-            told = [_filled(f"{number}. {row.name}: {row.what}."), _filled(f"   known by: {row.how}")]
+            told = [_filled(f"{number}. {row.name}: {row.what}.", width), _filled(f"   known by: {row.how}", width)]
             if row.layers:
-                told.append(_filled(f"   layers: {listed(row.layers)}"))
+                told.append(_filled(f"   layers: {listed(row.layers)}", width))
             if row.call is not None:
                 told.append(f"   do: {row.call}")
             if row.before is not None:
                 gives = f" → {row.after:.3g}" if row.after is not None else ""
                 told.append(f"   {row.figure}: {row.before:.3g}{gives}")
             blocks.append("\n".join(told))
-        return "\n".join([*self.lines(), *blocks, *(f"Warning: {text}" for text in self.warnings)])
+        return blocks
 
 
-def _filled(text: str) -> str:
-    return textwrap.fill(text, 120, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False)
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False)
 
 
 def advise(
@@ -91,6 +114,7 @@ def advise(
     *,
     object_size: float | None = None,
     layer: str | nn.Module | None = None,
+    progress: bool = False,
 ) -> Advice:
     """Say what is wrong with what a network sees, how that is known, and which call mends it.
 
@@ -102,6 +126,7 @@ def advise(
         object_size: side of the objects that a unit has to see, input pixels: the ERF's 2-sigma size is held against
             it.
         layer: module or its name; by default the last spatial map before global pooling.
+        progress: whether to count the findings on a progress bar, if it takes more than two seconds.
 
     Returns:
         The findings (:class:`widerf.survey.findings.Finding`), faults first.
@@ -123,7 +148,8 @@ def advise(
     require(object_size is None or 0 < object_size < math.inf, "object_size", "be positive", object_size)
     scene = Scene.of(model, input_size, layer)
     look = _Network(scene, find_convolutions(model), layer)
-    rows = sorted(look.findings(object_size), key=lambda row: not row.fault)
+    found = progress_bar(look.findings(object_size), shown=progress, what="try", unit="finding", delay=PATIENCE)
+    rows = sorted(found, key=lambda row: not row.fault)
     return Advice(
         tuple(rows), (), layer=scene.site.name, input_size=scene.input_size, object_size=object_size,
         erf_size=None if look.erf is None else look.erf.size(), erf_std=None if look.erf is None else look.erf.std,

@@ -21,7 +21,7 @@ from widerf.erf.measurement import measure as measured
 from widerf.erf.prediction import predicted
 from widerf.erf.receptive import ReceptiveField, field_of, from_marks
 from widerf.errors import ClippedWarning, DeadUnitError, UntreatedOperatorError
-from widerf.report import Report, counted, listed
+from widerf.report import PATIENCE, Report, counted, listed, progress_bar
 from widerf.survey.looking import heard, looking
 from widerf.trace.scene import Scene
 from widerf.trace.site import MapSite
@@ -117,6 +117,12 @@ class Summary(Report[LayerView]):
             said.append(f"last map ({name}): sees {field}, ERF std {last.std:.3g}, 2σ size {last.size:.3g}")
         return said
 
+    def style(self, row: LayerView) -> str:
+        """Return how a row looks in a terminal: silent layers dim, clipped ones and those without figures yellow."""
+        if row.silent:
+            return "dim"
+        return "yellow" if row.std is None or (row.clipped or 0) > CLIPPED_LIMIT else ""
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the theoretical size and the ERF (2-sigma size, and two stds to either side) against depth.
 
@@ -170,6 +176,7 @@ def summary(
     *,
     layers: Sequence[str | nn.Module] | None = None,
     measure: bool | int = False,
+    progress: bool = False,
 ) -> Summary:
     """Tell for each layer of a network what its centre unit can see, and how much of that it uses.
 
@@ -184,6 +191,7 @@ def summary(
             convolutions that have taps or strides, pooling, resampling, attention and other global paths, and blocks
             that join paths.
         measure: measure each layer's ERF as well, on that many N(0, 1) images (True: 16). A few passes a layer.
+        progress: whether to show a progress bar, if it takes more than two seconds.
 
     Returns:
         One row a layer, in the order in which they run. An operator without a rule costs the figures of the layers
@@ -201,14 +209,15 @@ def summary(
     require(isinstance(measure, int) and measure >= 0, "measure", "be True, False or a number of images", measure)
     require(not isinstance(layers, str | nn.Module), "layers", "be a list of layers", layers, TypeError)
     scene = Scene.over(model, input_size, layers)
-    found = surveyed(scene, chosen=layers is not None)
+    found = surveyed(scene, chosen=layers is not None, progress=progress)
     if measure:
         samples = _SAMPLES if measure is True else int(measure)
-        found = replace(found, rows=tuple(_with_measured(row, scene, samples) for row in found.rows))
+        rows = progress_bar(found.rows, shown=progress, what="measure", unit="layer", delay=PATIENCE)
+        found = replace(found, rows=tuple(_with_measured(row, scene, samples) for row in rows))
     return found
 
 
-def surveyed(scene: Scene, *, chosen: bool = True) -> Summary:
+def surveyed(scene: Scene, *, chosen: bool = True, progress: bool = False) -> Summary:
     """Summarise the maps of a scene; without ``chosen`` only those of layers that change what is seen."""
     tape = scene.tape
     sites = [site for site in scene.sites if site.name in tape.marks]
@@ -222,7 +231,8 @@ def surveyed(scene: Scene, *, chosen: bool = True) -> Summary:
     silent = silent_branches(scene.model)
     alive = heard(tape, scene.model, silent)
     backward = Backward(tape)
-    rows = [_view(scene, backward, site, readings[site.name], tape.marks[site.name] not in alive) for site in sites]
+    steps = progress_bar(sites, shown=progress, what="predict", unit="layer", delay=PATIENCE)
+    rows = [_view(scene, backward, site, readings[site.name], tape.marks[site.name] not in alive) for site in steps]
     lost = [site.name for site in scene.sites if site.name not in tape.marks]
     return Summary(
         tuple(rows), tuple(_warnings(rows, silent, lost)), model=type(scene.model).__name__, input_size=scene.input_size
