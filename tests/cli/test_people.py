@@ -251,4 +251,4 @@ def test_one_of_many_models_that_cannot_be_looked_at_keeps_its_reason_and_the_ot
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == [HERE, SLEEPER, "no_such_net"]
-    assert "MODEL must each be one that can be looked at, got no_such_net" in err
+    assert "MODEL must each be one that can be looked at, got 'no_such_net'" in err
