@@ -97,10 +97,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as HTML, its text escaped."""
-    return _rendered(_TABLE, titles=titles, rows=rows)
+    return rendered(_TABLE, titles=titles, rows=rows)
 
 
-def _rendered(template: str, **content: object) -> str:
+def rendered(template: str, **content: object) -> str:
+    """Return a jinja2 template with its content, escaped."""
     import jinja2
 
     return jinja2.Environment(autoescape=True).from_string(template).render(**content)
@@ -190,7 +191,7 @@ class Report(Sequence[Row], Generic[Row]):
 
     def _repr_html_(self) -> str:
         titles, rows = self._shown()
-        return _rendered(_HTML, lines=self.lines(), titles=titles, rows=rows, warnings=self.warnings)
+        return rendered(_HTML, lines=self.lines(), titles=titles, rows=rows, warnings=self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain lists, dictionaries, numbers and strings."""

@@ -108,14 +108,20 @@ def compare(erfs: Mapping[str, ERF], *, columns: int = 4) -> Figure:
     vmax = max(_brightest(_amplitude(erf)) for erf in erfs.values())
     window = _window(erfs.values())
     shared = window is not None or len({erf.map.shape for erf in erfs.values()}) == 1
-    for index, (panel, (title, erf)) in enumerate(zip(panels, erfs.items(), strict=False)):
-        draw(erf, panel, vmax=vmax, legend=index == 0, window=window if shared else "own")
+    for panel, (title, erf) in zip(panels, erfs.items(), strict=False):
+        draw(erf, panel, vmax=vmax, legend=False, window=window if shared else "own")
         panel.set_title(f"{title}\n{_caption(erf, chr(10))}", fontsize="small")
     for panel in panels[len(erfs) :]:
         panel.set_axis_off()
     images = [image for panel in panels for image in panel.images]
     if images:
         made.colorbar(images[0], ax=list(panels), label="amplitude share", shrink=0.8)
+    lines = {label.partition(",")[0]: line for panel in panels for line, label in zip(*_labelled(panel), strict=True)}
+    if lines:  # below the maps, where it hides nothing; figures differ between panels and stand in their titles
+        style: dict[str, Any] = {"facecolor": "0.3", "labelcolor": "white", "framealpha": 0.9, "fontsize": "x-small"}
+        made.legend(
+            lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), columns + 1), **style
+        )
     return made
 
 
@@ -263,3 +269,9 @@ def _profiles(erf: ERF, ax: Axes) -> None:
     ax.set_xlabel("input position, pixels")
     ax.set_ylabel("share of energy")
     ax.legend(fontsize="x-small")
+
+
+def _labelled(ax: Axes) -> tuple[list[Any], list[str]]:
+    """Return the lines and areas that have a name, and the names."""
+    lines, labels = ax.get_legend_handles_labels()
+    return lines, [str(label) for label in labels]

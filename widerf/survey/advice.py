@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from widerf.init import apply
 from widerf.init.advice import has_seen_data
 from widerf.init.target import weigh
 from widerf.report import PATIENCE, Report, counted, listed, progress_bar
-from widerf.survey.findings import Finding, Look, Remedy, after, call_of, mended, waking
+from widerf.survey.findings import Finding, Look, Remedy, after, as_html, as_text, call_of, mended, waking
 from widerf.survey.structure import off_the_map, skip_dominates, strided_grids
 from widerf.survey.summary import mean_side
 from widerf.trace.scene import Scene
@@ -78,34 +77,19 @@ class Advice(Report[Finding]):
         from rich.text import Text
 
         shown = []
-        for row, block in zip(self.rows, self._blocks(width), strict=True):
-            head = len(block) - len(block.partition(": ")[2])
-            text = Text(block)
-            text.stylize(f"bold {self.style(row)}", 0, head)
+        for number, row in enumerate(self.rows, 1):
+            text = Text(as_text(number, row, width))
+            text.stylize(f"bold {self.style(row)}", 0, len(f"{number}. {row.name}:"))
             text.highlight_regex(r"(?m)(?<=^   do: ).*$", "cyan")
             shown.append(text)
         return Group(*shown)
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines(), *self._blocks(), *(f"Warning: {text}" for text in self.warnings)])
+        blocks = [as_text(number, row) for number, row in enumerate(self.rows, 1)]
+        return "\n".join([*self.lines(), *blocks, *(f"Warning: {text}" for text in self.warnings)])
 
-    def _blocks(self, width: int = 120) -> list[str]:
-        blocks = []
-        for number, row in enumerate(self.rows, 1):
-            told = [_filled(f"{number}. {row.name}: {row.what}.", width), _filled(f"   known by: {row.how}", width)]
-            if row.layers:
-                told.append(_filled(f"   layers: {listed(row.layers)}", width))
-            if row.call is not None:
-                told.append(f"   do: {row.call}")
-            if row.before is not None:
-                gives = f" → {row.after:.3g}" if row.after is not None else ""
-                told.append(f"   {row.figure}: {row.before:.3g}{gives}")
-            blocks.append("\n".join(told))
-        return blocks
-
-
-def _filled(text: str, width: int) -> str:
-    return textwrap.fill(text, width, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False)
+    def _repr_html_(self) -> str:
+        return as_html(self.lines(), self.rows)
 
 
 def advise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from widerf.report import listed, rendered
 from widerf.trace.sandbox import untouched
 
+_HTML = """\
+<div class="widerf-report">
+{%- for line in lines %}
+<p>{{ line }}</p>
+{%- endfor %}
+{%- for finding, details in findings %}
+<h3>{{ loop.index }}. {{ finding.name }}</h3>
+<p>{{ finding.what }}.</p>
+<table>
+{%- for word, text in details %}
+<tr><th style="text-align:left">{{ word }}</th><td style="text-align:left">
+{%- if word == "do" %}<code>{{ text }}</code>{% else %}{{ text }}{% endif %}</td></tr>
+{%- endfor %}
+</table>
+{%- endfor %}
+</div>"""
 _NOTHING = 1e-3  # relative change of a figure below which a call mends nothing
 
 
@@ -112,3 +130,31 @@ def spaced(model: nn.Module, name: str, dilation: Sequence[int], spacing: Sequen
 
     conv = f"model.get_submodule({name!r})"
     return Remedy(f"{conv}.dilation, {conv}.padding = {tuple(spacing)}, {padding}", run)
+
+
+def as_text(number: int, finding: Finding, width: int = 120) -> str:
+    """Return a finding as a numbered paragraph; a call is never broken."""
+    told = [f"{number}. {finding.name}: {finding.what}.", *(f"   {word}: {text}" for word, text in _details(finding))]
+    return "\n".join(line if line.startswith("   do: ") else _filled(line, width) for line in told)
+
+
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False)
+
+
+def _details(finding: Finding) -> list[tuple[str, str]]:
+    told = [("known by", finding.how)]
+    if finding.layers:
+        told.append(("layers", listed(finding.layers)))
+    if finding.call is not None:
+        told.append(("do", finding.call))
+    if finding.before is not None:
+        gives = "" if finding.after is None else f" → {finding.after:.3g}"
+        told.append((finding.figure, f"{finding.before:.3g}{gives}"))
+    return told
+
+
+def as_html(lines: Sequence[str], findings: Sequence[Finding]) -> str:
+    """Return findings one below the other, as a phone can show them."""
+    told = [(finding, _details(finding)) for finding in findings]
+    return rendered(_HTML, lines=lines, findings=told)
