@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench gpu paper docs lint clean
+.PHONY: help demo test test-slow check bench gpu paper gallery docs lint clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ lint: .venv/dev.stamp  ## style, types, and the rule that imports run downward o
 paper: .venv/demo.stamp  ## every claim of the paper that takes minutes, re-run from what is missing, and its page
 	$(BIN)/python -m experiments.paper
 
-docs: .venv/dev.stamp  ## build the documentation; a warning is an error
+gallery: .venv/dev.stamp  ## the ERFs of 24 models of timm, and the figure of README
+	$(BIN)/python -m experiments.timm.gallery
+
+docs: .venv/dev.stamp  ## build the documentation and run its notebooks; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 check: lint docs test  ## all that CI asks for

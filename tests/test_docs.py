@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TAGS = [int(n) for n in re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs/theory.md").read_text(encoding="utf-8"))]
@@ -50,3 +56,50 @@ def test_every_link_between_documents_leads_somewhere() -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+def heading_names(page: Path) -> set[str]:
+    """Names by which a page's headings can be linked to, as GitHub and MyST make them."""
+    heads = re.findall(r"^#+ +(.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head) for head in heads]
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in plain}
+
+
+def test_every_link_to_a_heading_finds_it() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [
+        (page, target, anchor)
+        for page in pages
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert links
+    broken = [
+        f"{page.name}: {target}#{anchor}"
+        for page, target, anchor in links
+        if anchor not in heading_names((page.parent / target) if target else page)
+    ]
+    assert broken == []
+
+
+def test_notebooks_are_kept_without_outputs_and_are_pages_of_the_documentation() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    notebooks = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 4
+    for path in notebooks:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert code and all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+        assert f"notebooks/{path.stem}" in index
+
+
+@pytest.mark.slow  # it runs the notebooks; `make docs`, a part of CI, does so too
+def test_the_built_pages_link_names_render_lists_of_terms_and_show_what_notebooks_drew(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=600)
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    assert 'href="api.html#widerf.summary"' in pages["seeing"] and 'href="api.html#widerf.advise"' in pages["recipes"]
+    assert "<dt>Extras</dt>" in pages["install"]
+    assert all(
+        '<div class="output' in pages[name] and ".png" in pages[name] for name in ("seeing", "widening", "sparse")
+    )
+    assert "skip_dominates" in pages["doctor"] and "promised a std of" in pages["doctor"]
