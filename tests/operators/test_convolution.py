@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import widerf
 from widerf.operators import convolution
 
 
@@ -43,3 +46,17 @@ def test_a_map_full_of_energy_or_without_any_has_no_region() -> None:
     spot[0, 0, 1:3, 4] = 1
     assert convolution._region(arguments, spot) == [(1, 2), (4, 4)]
     assert convolution._region(arguments, spot.requires_grad_()) is None
+
+
+def test_only_the_part_of_a_map_that_holds_energy_is_carried_back_though_weights_can_be_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))).double()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    parts, of_region = [], convolution._energy_of_region
+    monkeypatch.setattr(convolution, "_energy_of_region", lambda *given: parts.append(given[2]) or of_region(*given))
+    found = widerf.predict(model, (8, 33, 33)).map
+    assert parts == [[(16, 16)] * 2, [(15, 17)] * 2, [(14, 18)] * 2]
+    monkeypatch.setattr(convolution, "_region", lambda *_: None)
+    torch.testing.assert_close(found, widerf.predict(model, (8, 33, 33)).map, rtol=1e-12, atol=0)

@@ -65,15 +65,16 @@ def _region(arguments: Arguments, energy: Tensor) -> list[tuple[int, int]] | Non
 
     ``None`` also where derivatives are wanted, since zeros have them too.
     """
-    if arguments["transposed"] or energy.requires_grad or arguments["weight"].requires_grad:
+    differentiated = torch.is_grad_enabled() and (energy.requires_grad or arguments["weight"].requires_grad)
+    if arguments["transposed"] or differentiated:
         return None
-    ends = []
-    for axis in range(2, energy.ndim):
-        others = [a for a in range(energy.ndim) if a != axis]
-        lit = energy.amax(others).nonzero()
-        if not len(lit):
+    ends, lit = [], energy.amax((0, 1))  # over channels first: what is left is small
+    for axis in range(lit.ndim):
+        others = [a for a in range(lit.ndim) if a != axis]
+        places = (lit.amax(others) if others else lit).nonzero()
+        if not len(places):
             return None
-        ends.append((int(lit[0]), int(lit[-1])))
+        ends.append((int(places[0]), int(places[-1])))
     return ends if math.prod(b - a + 1 for a, b in ends) <= _SMALL * math.prod(energy.shape[2:]) else None
 
 
