@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -252,3 +253,21 @@ def test_one_of_many_models_that_cannot_be_looked_at_keeps_its_reason_and_the_ot
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == [HERE, SLEEPER, "no_such_net"]
     assert "MODEL must each be one that can be looked at, got 'no_such_net'" in err
+
+
+def commands_of_the_readme() -> list[str]:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    return [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("widerf ")]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", commands_of_the_readme())
+def test_every_command_of_the_readme_runs_and_shows_something(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 4
+    if "--save" in command:
+        assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
