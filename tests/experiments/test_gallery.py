@@ -27,7 +27,8 @@ def test_the_page_has_a_row_a_model_with_what_predict_finds(tmp_path: Path, monk
             row.startswith(f"| {name} | {cell(erf.trf_size) or 'the whole image'} | ") and f"| {erf.std:.1f} |" in row
         )
     for path in ("gallery.png", "hero.png"):
-        assert min(Image.open(tmp_path / path).size) > 100
+        with Image.open(tmp_path / path) as image:
+            assert min(image.size) > 100
 
 
 def test_the_list_holds_24_models_that_timm_knows() -> None:
