@@ -57,11 +57,14 @@ def backpropagate(tape: Tape, energy: Tensor) -> Tensor:
 class Backward:
     """Passes back over one recording, from as many of its values as one likes.
 
-    What does not depend on where a pass begins (squared weights, slopes of activations) is computed once and kept.
+    Args:
+        tape: the recording.
+        several: whether what does not depend on where a pass begins (squared weights, slopes of activations) is
+            computed once and kept for further passes, at the price of about twice the recording's memory.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = _in_single_precision(tape)
+    def __init__(self, tape: Tape, several: bool = False) -> None:
+        self.tape, self.several = _in_single_precision(tape), several
         self._arguments: dict[int, dict[str, Any]] = {}
         self._slopes: dict[tuple[int, ...], list[Slope | None]] = {}
 
@@ -78,24 +81,27 @@ class Backward:
 
     def arguments(self, call: Call) -> dict[str, Any]:
         """The call's arguments by name, at the recorded values."""
-        if id(call) not in self._arguments:
-            self._arguments[id(call)] = call.arguments(self.tape.values)
-        return self._arguments[id(call)]
+        found = self._arguments.get(id(call)) or call.arguments(self.tape.values)
+        if self.several:
+            self._arguments[id(call)] = found
+        return found
 
     def slopes(self, group: list[Call], sources: list[int], shape: torch.Size) -> list[Slope | None]:
         """Derivative of what the last call of an element-wise group gives, to each of the group's sources."""
         key = tuple(map(id, group))
-        if key not in self._slopes:
-            found = self._differentiated(group, sources, shape)
-            self._slopes[key] = [None if slope is None else Slope(slope, slope.square()) for slope in found]
-        return self._slopes[key]
+        found = self._slopes.get(key) or self._differentiated(group, sources, shape)
+        if self.several:
+            self._slopes[key] = found
+        return found
 
-    def _differentiated(self, group: list[Call], sources: list[int], shape: torch.Size) -> list[Tensor | None]:
+    def _differentiated(self, group: list[Call], sources: list[int], shape: torch.Size) -> list[Slope | None]:
         values = self.tape.values
-        if len(group) == 1 and group[0].name == "relu":  # the most frequent one, without autograd
-            return [(values[sources[0]] > 0).to(values[sources[0]].dtype)]
+        if len(group) == 1 and group[0].name == "relu":  # the most frequent one, without autograd; 0 and 1 are squares
+            step = (values[sources[0]] > 0).to(values[sources[0]].dtype)
+            return [Slope(step, step)]
         inputs = {value: values[value].expand(shape) for value in sources}
-        return slopes(group, inputs, next(out for out in group[-1].outputs if out is not None))
+        found = slopes(group, inputs, next(out for out in group[-1].outputs if out is not None))
+        return [None if slope is None else Slope(slope, slope.square()) for slope in found]
 
 
 def _in_single_precision(tape: Tape) -> Tape:

@@ -230,7 +230,7 @@ def surveyed(scene: Scene, *, chosen: bool = True, progress: bool = False) -> Su
             sites.append(scene.site)
     silent = silent_branches(scene.model)
     alive = heard(tape, scene.model, silent)
-    backward = Backward(tape)
+    backward = Backward(tape, several=True)
     steps = progress_bar(sites, shown=progress, what="predict", unit="layer", delay=PATIENCE)
     rows = [_view(scene, backward, site, readings[site.name], tape.marks[site.name] not in alive) for site in steps]
     lost = [site.name for site in scene.sites if site.name not in tape.marks]
