@@ -52,6 +52,8 @@ class Flow(NamedTuple):
         """Through an element-wise derivative (None: 1), summed over the axes that were broadcast from ``shape``."""
         energy = self.energy if slope is None else slope.square * self.energy
         common = self.common if slope is None or self.common is None else slope.derivative * self.common
+        if energy.shape == shape:
+            return Flow(energy, common)
         return Flow(energy.sum_to_size(shape), None if common is None else common.sum_to_size(shape))
 
     def scaled(self, factor: float) -> Flow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,8 +50,10 @@ def plain_arithmetic(*, gradients: bool | None = None) -> Iterator[None]:
     """Arithmetic on a recording: in float32 on the CPU where nothing else is said, whatever the caller's defaults."""
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    # Where it is the default, the context would only be gone through by every operator.
+    there = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
-        with own_state(gradients=gradients), torch.device("cpu"):
+        with own_state(gradients=gradients), there:
             yield
     finally:
         torch.set_default_dtype(kept)
