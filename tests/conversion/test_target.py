@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import widerf
+from experiments.roads.convert_target import TCN, UNet
 from tests.reference import fingerprint
 from widerf import convert
 from widerf.conversion.growth import TOLERANCE, grown, windows_for_gain
@@ -27,41 +28,14 @@ def plain(layers: int = 6) -> nn.Sequential:
     return nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(layers)])
 
 
-class UNet(nn.Module):
-    """Two levels down and up again, with skips."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter = nn.Conv2d(3, 16, 3, padding=1)
-        self.down1, self.down2 = nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(32, 64, 3, 2, 1)
-        self.bottom = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
-        self.up2, self.up1 = nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)
-        self.join2, self.join1 = nn.Conv2d(64, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
-        self.head = nn.Conv2d(16, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.enter(x).relu()
-        b = self.down1(a).relu()
-        y = self.bottom(self.down2(b).relu())
-        y = self.join2(torch.cat([self.up2(y), b], 1)).relu()
-        return self.head(self.join1(torch.cat([self.up1(y), a], 1)).relu())  # type: ignore[no-any-return]
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet()
 
 
-class TCN(nn.Module):
-    """Residual blocks on one axis, dilations 1, 2, 4 and 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter = nn.Conv1d(4, 32, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv1d(32, 32, 3, padding=d, dilation=d) for d in (1, 2, 4, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        for block in self.blocks:
-            x = x + block(x.relu())
-        return x
+def tcn() -> nn.Module:
+    torch.manual_seed(0)
+    return TCN()
 
 
 def check(model: nn.Module, report: Any) -> None:
@@ -101,7 +75,7 @@ def reached_or_named(model: nn.Module, size: tuple[int, ...], target: float) -> 
 @pytest.mark.filterwarnings("ignore::widerf.errors.ClippedWarning")
 @pytest.mark.parametrize(
     ("build", "size", "target"),
-    [(plain, PLAIN, 1.5), (UNet, (3, 64, 64), 1.2), (TCN, (4, 256), 1.5), (plain, PLAIN, 50.0)],
+    [(plain, PLAIN, 1.5), (unet, (3, 64, 64), 1.2), (tcn, (4, 256), 1.5), (plain, PLAIN, 50.0)],
 )
 def test_the_target_is_met_or_the_largest_possible_named(build: Any, size: tuple[int, ...], target: float) -> None:
     model = build()
