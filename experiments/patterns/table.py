@@ -39,11 +39,9 @@ FIGURES = ("std", "excess_kurtosis", "holes", "roughness", "isotropy")
 
 
 def pattern_set(kernel: int) -> dict[str, Any]:
-    """Return all named patterns and the mixtures of the study; foveal ones where the kernel exceeds their core."""
-    known = {name: name for name in NAMED} | {k: v for k, v in settings.PATTERNS.items() if not isinstance(v, str)}
-    if kernel > 3:
-        return known | {k: v for k, v in settings.FOVEAL.items() if not isinstance(v, str)}
-    return {name: pattern for name, pattern in known.items() if name != "foveal"}
+    """Return all named patterns and the mixtures of the study for a kernel of that side."""
+    mixed = settings.PATTERNS | (settings.FOVEAL if kernel > 3 else {})
+    return {name: name for name in NAMED} | {k: v for k, v in mixed.items() if not isinstance(v, str)}
 
 
 @dataclass(frozen=True)
