@@ -24,6 +24,7 @@ from experiments.patterns import settings
 
 ROLES = ("grid, growing", "grid, second", "grid, third")
 BEST = "best of the three grids"
+ENOUGH = 6  # pairs: with fewer no sign-flip p is below .05
 Scores = dict[str, dict[int, float]]
 Array = npt.NDArray[np.float64]
 
@@ -75,7 +76,7 @@ class Confirmed:
         test, held_out: from an arm to its scores by seed, in percent; confirmed seeds only. A run whose loss became no
             number has 0 on held-out images.
         rates: of each arm's confirmed runs.
-        tuning: from (arm, rate) to the held-out scores of the runs that chose.
+        tuning: from (arm, rate) to the held-out scores, by seed, of the runs that choose the rate.
         seconds: a step of each arm that has the device to itself.
         diverged: confirmed runs whose loss became no number, by arm.
         devices: on which each confirmed seed was trained.
@@ -88,7 +89,7 @@ class Confirmed:
     test: Scores
     held_out: Scores
     rates: dict[str, set[float]]
-    tuning: dict[tuple[str, float], list[float]]
+    tuning: dict[tuple[str, float], dict[int, float]]
     seconds: dict[str, float]
     diverged: Counter[str]
     devices: dict[int, str]
@@ -115,6 +116,21 @@ class Confirmed:
     def seeds(self) -> list[int]:
         """Confirmed seeds that every arm has."""
         return sorted(set.intersection(*map(set, self.test.values()))) if self.test else []
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many seeds as a verdict needs, and a grid among the arms."""
+        return len(self.seeds) >= ENOUGH and self.best_grid is not None
+
+    @cached_property
+    def tuned(self) -> dict[str, float]:
+        """The held-out score of each arm at its best rate, over the choosing seeds that all arms have at all rates."""
+        shared = set.intersection(*map(set, self.tuning.values())) if self.tuning else set()
+        best: dict[str, float] = {}
+        for (arm, _), scores in self.tuning.items() if shared else ():
+            mean = float(np.mean([scores[seed] for seed in shared]))
+            best[arm] = max(mean, best.get(arm, -math.inf))
+        return best
 
     @cached_property
     def best_grid(self) -> str | None:
@@ -186,13 +202,13 @@ def _gather(name: str, rows: Sequence[Record]) -> Confirmed:
     test: Scores = defaultdict(dict)
     held_out: Scores = defaultdict(dict)
     rates: dict[str, set[float]] = defaultdict(set)
-    tuning: dict[tuple[str, float], list[float]] = defaultdict(list)
+    tuning: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
     for row in runs:
         test[row["arm"]][row["seed"]], held_out[row["arm"]][row["seed"]] = row["score"], _held_out(row)
         rates[row["arm"]].add(row["rate"])
     for row in kept:
         if row["phase"] == "choose":
-            tuning[row["arm"], row["rate"]].append(_held_out(row))
+            tuning[row["arm"], row["rate"]][row["seed"]] = _held_out(row)
     diverged = Counter(row["arm"] for row in runs if row["outcome"] != "budget")
     clock, seconds = _costs(kept, Counter(devices.values()))
     return Confirmed(
@@ -234,12 +250,12 @@ def kind_of(role: str) -> str:
 
 
 def regrets(found: Sequence[Confirmed], resamplings: int = 2000, seed: int = 0) -> dict[str, Regret]:
-    """Return the regret of every arm over the settings that have seeds which all their arms share.
+    """Return the regret of every arm over the settings that have enough seeds which all their arms share.
 
     Seeds are resampled within each setting, all arms together. The best arm of a setting is the best of all, dense and
     grids too; it is taken anew in each resampling.
     """
-    held = {one.name: one.table() for one in found if one.seeds and one.best_grid is not None}
+    held = {one.name: one.table() for one in found if one.enough}
     generator = np.random.default_rng(seed)
     by: dict[str, dict[str, float]] = defaultdict(dict)
     worst: dict[str, Array] = {}

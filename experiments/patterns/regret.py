@@ -18,7 +18,7 @@ from experiments.harness.ledger import RESULTS
 from experiments.harness.runs import write_whole
 from experiments.harness.statistics import Estimate
 from experiments.patterns import settings
-from experiments.patterns.confirmed import BEST, ROLES, Confirmed, Regret, gather, kind_of, read, regrets
+from experiments.patterns.confirmed import BEST, ENOUGH, ROLES, Confirmed, Regret, gather, kind_of, read, regrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,11 +46,11 @@ def _points(estimate: Estimate, sign: str = "+") -> str:
 
 def verdict(found: Sequence[Confirmed]) -> str:
     """Say in one paragraph which pattern loses least at worst, what the grids lose, and where it is clear of them."""
-    confirmed = [one for one in found if one.comparisons and one.seeds]
+    confirmed = [one for one in found if one.enough]
     lost = regrets(confirmed)
     pattern, grid = _least(lost, "pattern"), _least(lost, "grid")
     if pattern is None or grid is None:
-        return "**Nothing is confirmed yet.**" + _missing(found)
+        return f"**Nothing is confirmed yet:** no setting has {ENOUGH} pairs." + _missing(found)
     signs = [one.comparisons[pattern].clear for one in confirmed]
     words = (
         f"**`{pattern}` loses least at worst among the patterns: {_points(lost[pattern].worst, '')} points; among the "
@@ -105,7 +105,7 @@ def _cost(one: Confirmed, arm: str) -> str:
 def regret_table(found: Sequence[Confirmed]) -> Iterator[str]:
     """Yield regrets by setting, and at worst, over all settings and by kind of layer."""
     scopes = {kind: regrets(_of_kind(found, kind)) for kind in KINDS}
-    names = [one.name for one in found if one.seeds and one.best_grid is not None]
+    names = [one.name for one in found if one.enough]
     yield f"| arm | {' | '.join(names)} | worst of all (95 %) | least, share | 3×3 layers | depthwise layers |"
     yield "|---" * (len(names) + 5) + "|"
     order = ["dense", *ROLES, BEST]
@@ -124,19 +124,21 @@ def regret_table(found: Sequence[Confirmed]) -> Iterator[str]:
 def tuning_table(found: Sequence[Confirmed]) -> Iterator[str]:
     """Yield the mean held-out score of every arm at every rate, in the runs that choose the rate."""
     rates = sorted({rate for one in found for _, rate in one.tuning})
-    yield f"| setting | arm | {' | '.join(f'{rate:g}' for rate in rates)} |"
-    yield "|---" * (len(rates) + 2) + "|"
+    yield f"| setting | arm | {' | '.join(f'{rate:g}' for rate in rates)} | best rate's, − best grid's |"
+    yield "|---" * (len(rates) + 3) + "|"
     for one in found:
+        base = max((one.tuned[grid] for grid in one.grids if grid in one.tuned), default=None)
         for arm in dict.fromkeys(arm for arm, _ in one.tuning):
-            scores = [one.tuning.get((arm, rate), []) for rate in rates]
+            scores = [list(one.tuning.get((arm, rate), {}).values()) for rate in rates]
             cells = [f"{sum(each) / len(each):.2f} (n {len(each)})" if each else "" for each in scores]
+            cells.append("" if base is None or arm not in one.tuned else f"{one.tuned[arm] - base:+.2f}")
             yield f"| {one.name} | {arm} | {' | '.join(cells)} |"
 
 
 def _made(found: Sequence[Confirmed]) -> Iterator[str]:
     for one in found:
         devices = ", ".join(f"{device} ({n} seeds)" for device, n in Counter(one.devices.values()).items())
-        changed = "" if one.protocol == settings.HASH else ", not that of today's settings"
+        changed = "" if one.protocol == settings.HASH else " (the file of settings has changed since)"
         aside = f"; {one.aside} rows of other protocols are not counted" if one.aside else ""
         clock = f"; steps timed on {one.clock}" if one.clock else "; steps not timed"
         yield f"- {one.name}: {devices or 'rates only'}; protocol {one.protocol}{changed}{aside}{clock}."
@@ -158,31 +160,38 @@ test images, in percent, looked at once, after training.
   the interval is clear of zero and p is below .05. The picture leaves dense out, which is far off.
 - **Regret**: mean test score of the setting's best arm, whichever it is, − this arm's, in points. At worst: the largest
   over settings, with the 95 % percentile interval over 2,000 resamplings of the seeds; the largest of noisy figures is
-  too large on average. Least, share: in how many of the resamplings no other pattern (for a grid: no other grid) has a
-  smaller worst regret. Arms that are not in every setting have no worst regret of all.
+  too large on average. Settings with fewer than {ENOUGH} pairs are left out: no p could be below .05 there. Least,
+  share: in how many of the resamplings no other pattern (for a grid: no other grid) has a smaller worst regret. Arms
+  that are not in every setting have no worst regret of all.
 - A run whose loss became no number keeps its test score, and counts as 0 on held-out images.
 """
+
+
+TUNING = """\
+Mean held-out score after training, in percent, of the runs that choose the rates (three seeds where all are done). Last
+column: over the seeds that all arms have at all rates, each arm at its best rate − the best of the grids at its best.
+These scores chose the rates, and few seeds stand behind them: leads, with no interval."""
 
 
 def page(found: Sequence[Confirmed]) -> str:
     """Return the page."""
     confirmed = [one for one in found if one.test]
     lines = ["# Patterns against three tuned grids: what each loses at worst", "", verdict(found), ""]
-    if any(one.comparisons for one in found):
+    if any(one.enough for one in found):
         lines += [f"![Difference of every arm to the best grid, setting by setting]({NAME}.png)", ""]
     if confirmed:
         lines += ["## Differences to the best grid", "", *differences(confirmed), ""]
-    if any(one.seeds and one.best_grid for one in found):
+    if any(one.enough for one in found):
         lines += ["## Regret", "", *regret_table(found), ""]
-    lines += ["## Learning rates", "", "Mean held-out score after training, in percent.", "", *tuning_table(found), ""]
+    lines += ["## Learning rates", "", TUNING, "", *tuning_table(found), ""]
     return "\n".join([*lines, METHOD, *_made(found)]) + "\n"
 
 
 def draw(found: Sequence[Confirmed]) -> Figure:
-    """Draw the differences of all arms but dense to the best grid, a panel a setting."""
+    """Draw the differences of all arms but dense to the best grid, a panel a setting with enough pairs."""
     from matplotlib.figure import Figure
 
-    shown = [one for one in found if one.comparisons]
+    shown = [one for one in found if one.enough]
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(9.6, 0.6 + 2.9 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False).ravel()
@@ -220,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = list(gather(read(paths)).values())
     if not found:
         raise InputError(f"rows must hold runs of the pattern study, got none in {len(paths)} files")
-    if any(one.comparisons for one in found):
+    if any(one.enough for one in found):
         options.out.mkdir(parents=True, exist_ok=True)
         draw(found).savefig(options.out / f"{NAME}.png", dpi=90, transparent=True, metadata={"Software": None})
     write_whole(options.out / f"{NAME}.md", page(found))

@@ -154,9 +154,11 @@ def test_rows_of_another_protocol_are_counted_and_left_out(tmp_path: Path) -> No
     assert (len(found.seeds), found.aside) == (8, 3 * len(SHALLOW))
     text = regret.page([found])
     assert "18 rows of other protocols are not counted" in text
-    assert "today's settings" not in text
+    assert "has changed since" not in text
     stale = gathered(tmp_path, old)["shallow"]
-    assert "not that of today's settings" in regret.page([stale])
+    assert "has changed since" in regret.page([stale])
+    assert "no setting has 6 pairs" in regret.page([stale])
+    assert "## Regret" not in regret.page([stale])
 
 
 def test_the_runs_of_a_pair_are_of_one_file(tmp_path: Path) -> None:
@@ -188,7 +190,8 @@ def test_the_command_works_with_rates_alone_and_refuses_what_holds_no_runs(tmp_p
     regret.main([str(file_of(tmp_path, [*choosing, failed])), "--out", str(tmp_path)])
     text = (tmp_path / "patterns-regret.md").read_text()
     assert "Nothing is confirmed yet" in text
-    assert "| shallow | halfgrid | 62.10 (n 2) | 63.00 (n 2) |" in text
+    assert "| shallow | halfgrid | 62.10 (n 2) | 63.00 (n 2) | +2.50 |" in text
+    assert "| shallow | grid 1 2 5 1 2 5 | 59.60 (n 2) | 60.50 (n 2) | +0.00 |" in text
     assert not (tmp_path / "patterns-regret.png").exists()
     with pytest.raises(InputError, match="rows must hold runs of the pattern study, got none in 1 files"):
         regret.main([str(file_of(tmp_path, [failed])), "--out", str(tmp_path)])
