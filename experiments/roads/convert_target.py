@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +67,14 @@ class TCN(nn.Module):
         return x
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from torchvision import models
 
         if name.startswith("deeplab"):
             made: nn.Module = getattr(models.segmentation, name)(weights=None, weights_backbone=None)
         else:
-            made = getattr(models, name)(weights=None)
+            made = getattr(models, name)(weights=None, **options)
         return made
 
     return build
@@ -94,6 +95,7 @@ CASES = {
         name: Case(_torchvision(name), (3, 448, 448))
         for name in ("mobilenet_v3_large", "efficientnet_b0", "resnet50", "deeplabv3_resnet50", "convnext_tiny")
     },
+    "convnext_tiny, layer_scale 1": Case(_torchvision("convnext_tiny", layer_scale=1.0), (3, 448, 448)),
 }
 
 
@@ -120,7 +122,8 @@ def examine(case: Case) -> Record:
             if refused is None:
                 raise
             largest = float(refused[1])
-            report = widerf.convert(model, target=largest, input_size=case.size)
+            wanted = largest if largest > 1 else None  # with silent branches no window shows: those by the maps, then
+            report = widerf.convert(model, target=wanted, input_size=case.size)
     sparse = [(row, model.get_submodule(row.name)) for row in report if row.converted]
     wide = [
         row.name
@@ -148,6 +151,8 @@ def examine(case: Case) -> Record:
 
 def verdict(row: Record) -> str:
     """Say whether the target was met, or which largest gain was named and met."""
+    if row["largest"] is not None and row["largest"] <= 1:
+        return f"refused; largest named {row['largest']:.3f}"
     wanted = row["asked"] if row["largest"] is None else row["largest"]
     off = row["gain"] / wanted - 1
     met = "met" if abs(off) <= TOLERANCE else "MISSED"
@@ -159,10 +164,11 @@ def verdict(row: Record) -> str:
 METHOD = f"""\
 Made by `python -m experiments.roads.convert_target`: each model fresh (seed 0, the initialisation it is built
 with, in eval mode), one draw of taps; target: a predicted ERF {TARGET:g} times as wide, within {TOLERANCE:.0%}.
-Where no windows within their maps reach it, `convert` refuses and names the largest gain, which is asked for then. Std
-in input pixels and excess kurtosis are those of `widerf.predict`, before → after. *Off the map*: sparse layers whose
-window is wider than their map. *Strided grids*: sparse layers whose taps' spacing shares a factor with the stride.
-Seconds of processor time. Raw rows: [convert-target.jsonl](convert-target.jsonl)."""
+Where no windows within their maps reach it, `convert` refuses and names the largest gain, which is asked for then; if
+that is 1, the branches are silent at these weights (ConvNeXt's layer scale of 1e-6), and the windows are those by the
+maps. Std in input pixels and excess kurtosis are those of `widerf.predict`, before → after. *Off the map*: sparse
+layers whose window is wider than their map. *Strided grids*: sparse layers whose taps' spacing shares a factor with the
+stride. Seconds of processor time. Raw rows: [convert-target.jsonl](convert-target.jsonl)."""
 
 
 def page(rows: Sequence[Record]) -> str:

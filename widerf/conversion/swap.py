@@ -113,7 +113,9 @@ def _windows_for(scene: Scene, steps: Sequence[Step], taps: Taps, before: ERF | 
 
     clipped = 0.0 if before is None else before.clipped
     why = f" (its border cuts off {clipped:.0%} of the ERF today: a larger input_size has more room)"
-    return windows_for_gain(steps, gain_of, target, why if clipped > _CROWDED else "")
+    silence = _silence(scene.model)
+    remark = f" ({silence})" if silence else why if clipped > _CROWDED else ""
+    return windows_for_gain(steps, gain_of, target, remark)
 
 
 def _designed(
