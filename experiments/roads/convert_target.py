@@ -91,11 +91,10 @@ class Case:
 CASES = {
     "TCN": Case(TCN, (4, 256)),
     "U-Net": Case(UNet, (3, 64, 64)),
-    **{
-        name: Case(_torchvision(name), (3, 448, 448))
-        for name in ("mobilenet_v3_large", "efficientnet_b0", "resnet50", "deeplabv3_resnet50", "convnext_tiny")
-    },
-    "convnext_tiny, layer_scale 1": Case(_torchvision("convnext_tiny", layer_scale=1.0), (3, 448, 448)),
+    **{name: Case(_torchvision(name), (3, 448, 448)) for name in ("mobilenet_v3_large", "efficientnet_b0", "resnet50")},
+    "convnext_tiny": Case(_torchvision("convnext_tiny"), (3, 224, 224)),
+    "convnext_tiny, layer_scale 1": Case(_torchvision("convnext_tiny", layer_scale=1.0), (3, 224, 224)),
+    "deeplabv3_resnet50": Case(_torchvision("deeplabv3_resnet50"), (3, 224, 224)),
 }
 
 
