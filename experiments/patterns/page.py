@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.harness.runs import Record
-from experiments.harness.statistics import paired_difference, paired_ratio
+from experiments.harness.statistics import paired_difference, paired_ratio, sign_flip
 
 
 def best_rates(records: Sequence[Record]) -> dict[str, float]:
@@ -65,7 +65,37 @@ def summary(task: str, records: Sequence[Record], tuned: Sequence[Record], setti
             cells.append("")
         cells += [f"{sum(r[key]['std'] for r in runs) / len(runs):.2f}" for key in ("erf_before", "erf_after")]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_tuning(tuned, settings)]) + "\n"
+    return "\n".join([*lines, "", *held_out(by, seeds), "", *_tuning(tuned, settings)]) + "\n"
+
+
+def held_out(by: Mapping[str, Mapping[int, Record]], seeds: Sequence[int]) -> list[str]:
+    """Return the table of the scores on held-out images, seconds, and p of the differences on the test images."""
+    rivals = [rival for rival in ("dense", "grid-1-2-5", "grid-growing") if rival in by]
+    least = 2 ** (1 - len(seeds))  # of an exact sign-flip test
+    columns = ["arm", "held-out score", *(f"− {rival}" for rival in rivals), "p, in that order", "seconds / dense"]
+    lines = [
+        "On the held-out images at the end of training; p by sign flips of the differences on the test images, to each",
+        f"rival, not corrected for their number: {len(seeds)} pairs can give no less than {least:.2g}. Seconds are",
+        "those of whole runs, looks included.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for arm in by:
+        mine = {key: [by[arm][s][key] for s in seeds] for key in ("score", "test_score", "seconds")}
+        cells, p_values = [], []
+        for rival in rivals:
+            if rival == arm:
+                cells.append("")
+                continue
+            theirs = {key: [by[rival][s][key] for s in seeds] for key in ("score", "test_score")}
+            cells.append(str(paired_difference(mine["score"], theirs["score"])))
+            p_values.append(f"{sign_flip(mine['test_score'], theirs['test_score']):.2g}")
+        known = "dense" in by and arm != "dense"
+        ratio = str(paired_ratio(mine["seconds"], [by["dense"][s]["seconds"] for s in seeds])) if known else ""
+        mean = sum(mine["score"]) / len(seeds)
+        lines.append(f"| {arm} | {mean:.4f} | {' | '.join(cells)} | {', '.join(p_values)} | {ratio} |")
+    return lines
 
 
 def _tuning(tuned: Sequence[Record], settings: Record) -> list[str]:

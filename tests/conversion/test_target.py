@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import widerf
+from experiments.roads.convert_target import TCN, UNet
 from tests.reference import fingerprint
 from widerf import convert
 from widerf.conversion.growth import TOLERANCE, grown, windows_for_gain
@@ -27,41 +28,14 @@ def plain(layers: int = 6) -> nn.Sequential:
     return nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(layers)])
 
 
-class UNet(nn.Module):
-    """Two levels down and up again, with skips."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter = nn.Conv2d(3, 16, 3, padding=1)
-        self.down1, self.down2 = nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(32, 64, 3, 2, 1)
-        self.bottom = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
-        self.up2, self.up1 = nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)
-        self.join2, self.join1 = nn.Conv2d(64, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
-        self.head = nn.Conv2d(16, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.enter(x).relu()
-        b = self.down1(a).relu()
-        y = self.bottom(self.down2(b).relu())
-        y = self.join2(torch.cat([self.up2(y), b], 1)).relu()
-        return self.head(self.join1(torch.cat([self.up1(y), a], 1)).relu())  # type: ignore[no-any-return]
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet()
 
 
-class TCN(nn.Module):
-    """Residual blocks on one axis, dilations 1, 2, 4 and 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter = nn.Conv1d(4, 32, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv1d(32, 32, 3, padding=d, dilation=d) for d in (1, 2, 4, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        for block in self.blocks:
-            x = x + block(x.relu())
-        return x
+def tcn() -> nn.Module:
+    torch.manual_seed(0)
+    return TCN()
 
 
 def check(model: nn.Module, report: Any) -> None:
@@ -101,7 +75,7 @@ def reached_or_named(model: nn.Module, size: tuple[int, ...], target: float) -> 
 @pytest.mark.filterwarnings("ignore::widerf.errors.ClippedWarning")
 @pytest.mark.parametrize(
     ("build", "size", "target"),
-    [(plain, PLAIN, 1.5), (UNet, (3, 64, 64), 1.2), (TCN, (4, 256), 1.5), (plain, PLAIN, 50.0)],
+    [(plain, PLAIN, 1.5), (unet, (3, 64, 64), 1.2), (tcn, (4, 256), 1.5), (plain, PLAIN, 50.0)],
 )
 def test_the_target_is_met_or_the_largest_possible_named(build: Any, size: tuple[int, ...], target: float) -> None:
     model = build()
@@ -182,6 +156,34 @@ def test_where_whole_cells_are_too_coarse_single_layers_are_tried_and_the_neares
     assert gain_of(windows_for_gain(steps, gain_of, 2.5)) in (2.0, 3.0)
 
 
+class Scaled(nn.Module):
+    """Two residual branches behind a layer scale."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Conv2d(8, 8, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.gamma = nn.Parameter(torch.full((), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for conv in self.convs:
+            x = x + self.gamma * conv(x)
+        return x
+
+
+def test_a_target_that_silent_branches_keep_out_of_reach_is_refused_with_their_names() -> None:
+    model = Scaled(1e-6)
+    state = fingerprint(model)
+    with pytest.raises(
+        ValueError, match=r"target must be at most 1\.000, .*1 residual branches are \(nearly\) silent.*gamma"
+    ):
+        convert(model, target=1.5, input_size=(8, 24, 24))
+    assert fingerprint(model) == state
+    assert convert(Scaled(1.0), target=1.5, input_size=(8, 24, 24)).gain == pytest.approx(1.5, rel=TOLERANCE)
+
+
 def test_an_erf_that_cannot_be_predicted_has_no_target() -> None:
     class Unknown(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -240,14 +242,20 @@ def test_the_report_says_where_paths_around_the_sparse_layers_carry_the_erf() ->
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::widerf.errors.ClippedWarning")
 @pytest.mark.parametrize(
-    "name", ["resnet50", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_large", "deeplabv3_resnet50"]
+    ("name", "more"),
+    [
+        ("resnet50", {}),
+        ("convnext_tiny", {"layer_scale": 1.0}),  # of 1e-6 otherwise: the test above
+        ("efficientnet_b0", {}),
+        ("mobilenet_v3_large", {}),
+        ("deeplabv3_resnet50", {"weights_backbone": None}),
+    ],
 )
-def test_torchvision_models_keep_their_windows_on_their_maps_and_meet_the_target(name: str) -> None:
+def test_torchvision_models_keep_their_windows_on_their_maps_and_meet_the_target(name: str, more: Any) -> None:
     from torchvision import models
 
     torch.manual_seed(0)
-    more: Any = {"weights_backbone": None} if name.startswith("deeplab") else {}
-    builders: Any = models.segmentation if more else models
+    builders: Any = models.segmentation if name.startswith("deeplab") else models
     size = (3, 448, 448)
     model = getattr(builders, name)(weights=None, **more).eval()
     report = convert(model, input_size=size, dry_run=True)

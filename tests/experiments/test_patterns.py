@@ -54,7 +54,7 @@ def record(arm: str, seed: int, scores: list[float], test: float) -> dict[str, A
     curve = {"step": [10 * (i + 1) for i in range(len(scores))], "score": scores}
     return {
         "arm": arm, "seed": seed, "rate": 0.01, "curve": curve, "score": scores[-1], "test_score": test,
-        "erf_before": figures, "erf_after": figures,
+        "erf_before": figures, "erf_after": figures, "seconds": 3.0 if arm == "dense" else 6.0,
     }  # fmt: skip
 
 
@@ -73,4 +73,7 @@ def test_the_table_pairs_runs_by_seed() -> None:
     assert "| mixed-9 | 0.01 | 0.4500 | 0.05 (0.05 to 0.05) |" in page  # equal differences: no width
     assert "| 0.5 (0.5 to 0.5) |" in page
     assert "| dense | 0.250 | 0.125 |" in page
+    # Held out 0.5 against 0.4 in every pair, no p below 2 / 2³, twice the seconds.
+    assert "| mixed-9 | 0.5000 | 0.1 (0.1 to 0.1) | 0.25 | 2 (2 to 2) |" in page
+    assert "3 pairs can give no less than 0.25" in page
     assert best_rates(tuned) == {"dense": 0.01}

@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--extent", type=int, help="side of the tap window; default: by layer, from its map")
     convert.add_argument("--pattern", help="tap pattern; default: by kind of layer")
     convert.add_argument("--target", type=float, help="wanted ratio of the ERF's std, instead of --extent")
+    convert.add_argument("--kurtosis", type=float, help="wanted excess kurtosis of the ERF, with --target")
     convert.add_argument("--block", type=int, help="neighbouring channels that share their taps at most")
     convert.add_argument("--save", metavar="FILE", help="write the converted weights: .safetensors, .pth or .pt")
     for command in (erf, doctor, init, convert):

@@ -186,8 +186,9 @@ def convert(options: argparse.Namespace) -> None:
     subject = prepared(options, options.model)
     before = _before(options, subject)
     report = widerf.convert(
-        subject.model, extent=options.extent, pattern=options.pattern, target=options.target, block=options.block,
-        only=options.only, skip=options.skip, input_size=subject.size, seed=options.seed,
+        subject.model, extent=options.extent, pattern=options.pattern, target=options.target,
+        kurtosis=options.kurtosis, block=options.block, only=options.only, skip=options.skip,
+        input_size=subject.size, seed=options.seed,
     )  # fmt: skip
     if options.save is None:
         report = dataclasses.replace(report, dry_run=True)

@@ -52,6 +52,7 @@ class ConversionReport(Report[LayerConversion]):
         erf_std: those two, before and after, in input pixels.
         erf_kurtosis: its excess kurtosis, before and after: 0 for a Gaussian, above for heavy tails.
         target: the gain that was asked for.
+        target_kurtosis: the excess kurtosis that was asked for.
         weights: number of parameters, before and after.
         multiplications: of all convolutions for one input, before and after (with ``input_size``).
         dry_run: whether the model was left as it was.
@@ -61,6 +62,7 @@ class ConversionReport(Report[LayerConversion]):
     erf_std: tuple[float, float] | None = None
     erf_kurtosis: tuple[float, float] | None = None
     target: float | None = None
+    target_kurtosis: float | None = None
     weights: tuple[int, int] | None = None
     multiplications: tuple[int, int] | None = None
     dry_run: bool = False
@@ -91,5 +93,6 @@ class ConversionReport(Report[LayerConversion]):
                 "predicted ERF std: {:.2f} to {:.2f} pixels".format(*self.erf_std) + f", ×{self.gain:.3f}{wanted}"
             )
         if self.erf_kurtosis is not None:
-            said.append("predicted excess kurtosis: {:.2f} to {:.2f}".format(*self.erf_kurtosis))
+            wanted = "" if self.target_kurtosis is None else f" (wanted {self.target_kurtosis:g})"
+            said.append("predicted excess kurtosis: {:.2f} to {:.2f}".format(*self.erf_kurtosis) + wanted)
         return said
