@@ -1,7 +1,7 @@
 """The page of what a card's evidence says so far: ``python -m experiments.gpu.evidence_page nvidia-h200``.
 
 Every figure comes from the rows ``docs/results/evidence-CARD-PART.jsonl``. The settings of the pattern study have a
-page of their own once they are confirmed; what stands here of them chose learning rates.
+page of their own, ``python -m experiments.patterns.regret``.
 """
 
 from __future__ import annotations
@@ -81,25 +81,6 @@ def cell(rows: Sequence[Record], run: str) -> list[str]:
     return [f"### {run}", "", told, "", *_table(["arm", "steps / He's", "p (Holm)", "never"], table)]
 
 
-def choosing(rows: Sequence[Record], setting: str) -> list[str]:
-    """Return the table of the runs that chose rates: held-out scores, and how many seeds."""
-    scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row.get("phase") == "choose":
-            scores[row["arm"].partition(": ")[2]][row["rate"]].append(row["curve"][-1])
-    rates = sorted({rate for each in scores.values() for rate in each})
-    table = [
-        [arm, *(" ".join(f"{score:.1f}" for score in by[rate]) for rate in rates),
-         f"{max(statistics.fmean(each) for each in by.values()):.1f}"]
-        for arm, by in scores.items()
-    ]  # fmt: skip
-    return [f"### {setting}", "", *_table(["arm", *(f"rate {rate:g}" for rate in rates), "best mean"], table)]
-
-
-def _confirmed(rows: Sequence[Record]) -> int:
-    return len({row["seed"] for row in rows if row.get("phase") == "confirm"})
-
-
 def page(parts: dict[str, list[Record]], card: str) -> str:
     """Return the page in Markdown."""
     row = next(row for rows in parts.values() for row in rows)
@@ -120,19 +101,8 @@ def page(parts: dict[str, list[Record]], card: str) -> str:
         ]
         for run in dict.fromkeys(row["run"] for row in parts["far-pair"]):
             lines += ["", *cell(parts["far-pair"], run)]
-    patterns = {part: rows for part, rows in parts.items() if part.startswith("patterns-")}
-    chosen = {part: rows for part, rows in patterns.items() if any(row.get("phase") == "choose" for row in rows)}
-    if chosen:
-        told = "; ".join(f"{part.removeprefix('patterns-')} {_confirmed(rows)}" for part, rows in chosen.items())
-        lines += [
-            "",
-            "## Patterns: leads, not results",
-            "",
-            "Held-out scores of the runs that choose learning rates (CamVid: mIoU, %; CIFAR-10: accuracy, %), one "
-            f"number a seed. **Nothing here is confirmed.** Seeds that confirm, run so far: {told}.",
-        ]
-        for part, rows in chosen.items():
-            lines += ["", *choosing(rows, part.removeprefix("patterns-"))]
+    if any(part.startswith("patterns-") for part in parts):
+        lines += ["", "## Patterns", "", "See [what each pattern loses at worst](patterns-regret.md)."]
     return "\n".join(lines) + "\n"
 
 
