@@ -16,6 +16,7 @@ from widerf.erf.logs import FIGURES, open_log
 from widerf.erf.map import ERF
 from widerf.erf.measurement import measure
 from widerf.errors import ClippedWarning
+from widerf.trace.certain import held
 from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene
 
@@ -117,7 +118,7 @@ class ERFTracker:
 
     def _look(self, model: nn.Module, layer: str | nn.Module | None) -> tuple[ERF | None, str | None]:
         try:
-            with untouched(model), warnings.catch_warnings():
+            with held(untouched(model), warnings.catch_warnings()):
                 # The share goes into each row; a warning at every step would drown it.
                 warnings.simplefilter("ignore", ClippedWarning)
                 model.eval()
