@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from widerf.trace.ambient import plain_pass
 from widerf.trace.certain import certainly, held
 from widerf.trace.layout import tensors_in
+from widerf.trace.recurrent import IN_STEPS
 from widerf.trace.site import MapSite, names_of, remove
 from widerf.trace.tape import Call, Tape, operator_name
 from widerf.trace.writes import Write, functional_form, out_arguments, source_of, storage_of, written_tensors
@@ -164,6 +165,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return args[0].fill_(math.sqrt(float(share)))
         if operator_name(func) in _SHAPE_ONLY:
             return func(*args, **kwargs)
+        if tracked and operator_name(func) in IN_STEPS:
+            with held(self):
+                parts = IN_STEPS[operator_name(func)](*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if tracked:
             return self._note(func, args, kwargs)
         result = func(*args, **kwargs)
