@@ -207,6 +207,15 @@ def check_unit(unit: Sequence[int] | int | None, spatial_shape: Sequence[int]) -
     return tuple(i % n for i, n in zip(index, spatial_shape, strict=True))
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether :func:`check_finite` accepts a model."""
+    try:
+        check_finite(model)
+    except ValueError:
+        return False
+    return True
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise ``ValueError`` that names the first parameter or buffer that is not finite, or cannot be differentiated."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
