@@ -59,6 +59,7 @@ def test_the_recording_computes_what_the_model_does(
     torch.testing.assert_close(tape.values[tape.target], wanted)
 
 
+@pytest.mark.filterwarnings("ignore::widerf.errors.ClippedWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_two_roads_agree_behind_a_recurrent_layer(kind: Any) -> None:
     variances = []
