@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.interrupts import interrupted
 from tests.reference import fingerprint
 from widerf import convert, densify
 from widerf.conversion.exchange import exchange
@@ -27,31 +26,6 @@ def net(sparse: bool = False) -> nn.Sequential:
     if sparse:
         convert(model, extent=5)
     return model
-
-
-def interrupted(call: Callable[[], Any], at: int) -> int:
-    """Call, with a KeyboardInterrupt at the ``at``-th line of the conversion's rooms; return how many lines ran."""
-    lines = 0
-
-    def watch(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal lines
-        if not any(room in frame.f_code.co_filename for room in ROOMS):
-            return None
-        if event == "line":
-            lines += 1
-            if lines == at:
-                raise KeyboardInterrupt
-        return watch
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        call()
-    except KeyboardInterrupt:
-        assert lines == at
-    finally:
-        sys.settrace(before)
-    return lines
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -75,14 +49,14 @@ CALLS: dict[str, tuple[bool, Callable[[nn.Module], Any], int]] = {
 def test_an_interrupt_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(name: str) -> None:
     sparse, call, points = CALLS[name]
     whole_model = net(sparse)
-    whole = interrupted(lambda: call(whole_model), at=-1)
+    whole = interrupted(lambda: call(whole_model), 0, ROOMS).lines
     tail = range(max(1, whole - 4 * points), whole + 1)  # where the modules are swapped, and back
     struck = 0
     for at in [*range(1, whole, max(1, whole // points)), *tail]:
         model = net(sparse)
         state, modules = fingerprint(model), list(model)
         rng = torch.get_rng_state()
-        interrupted(lambda model=model: call(model), at)  # type: ignore[misc]
+        interrupted(lambda model=model: call(model), at, ROOMS)  # type: ignore[misc]
         changed = [new is not old for new, old in zip(model, modules, strict=True)]
         if any(changed):
             assert name != "dry run"

@@ -1,4 +1,7 @@
-"""A block that can still fuse its convolutions loses no offsets; a block that has fused them already is converted."""
+"""Convert's idea of the model.
+
+A block that can still fuse its convolutions loses no offsets; a block that has fused them already is converted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Windows know the dilation, the stride and the map of their layer; no grid reads a part of its map only."""
+"""Convert's idea of the model.
+
+Windows know the dilation, the stride and the map of their layer; no grid reads a part of its map only.
+"""
 
 from __future__ import annotations
 

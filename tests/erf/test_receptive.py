@@ -183,6 +183,25 @@ def networks(draw: st.DrawFn) -> tuple[int, nn.Module]:
     return rank, nn.Sequential(*layers)
 
 
+_PERIOD = 16  # a multiple of all strides of a random network: by it the image may grow and all that is seen is shifted
+
+
+def assert_sees_what_the_gradient_sees(model: nn.Module, input_size: tuple[int, ...], unit: tuple[int, ...]) -> None:
+    """Compare where nothing is cut off: what a stride leaves out makes gaps, and the border may lie in one of them."""
+    found = receptive_field(model, input_size, layer="")
+    shape = model(torch.zeros(1, *input_size)).shape[2:]
+    first, last = found.interval(unit)
+    beyond = max(0, *(-a for a in first), *(b - n + 1 for b, n in zip(last, input_size[1:], strict=True)))
+    margin = -(-beyond // _PERIOD) * _PERIOD
+    wider = (input_size[0], *(n + 2 * margin for n in input_size[1:]))
+    grown = model(torch.zeros(1, *wider)).shape[2:]
+    shifted = tuple(u + (m - n) // 2 for u, n, m in zip(unit, shape, grown, strict=True))
+    boxes = receptive_field(model, wider, layer="").interval(shifted)
+    assert boxes == tuple(tuple(side + margin for side in sides) for sides in (first, last))
+    assert all(a >= 0 and b < n for a, b, n in zip(*boxes, wider[1:], strict=True))
+    assert_equals_support(model, wider, shifted)
+
+
 @settings(max_examples=60, deadline=None)
 @given(network=networks(), place=st.floats(0.3, 0.7))
 def test_a_random_network_sees_what_the_gradient_sees(network: tuple[int, nn.Module], place: float) -> None:
@@ -191,7 +210,16 @@ def test_a_random_network_sees_what_the_gradient_sees(network: tuple[int, nn.Mod
     shape = model(torch.zeros(1, *input_size)).shape[2:]
     unit = tuple(int(place * n) for n in shape)
     if math.prod(shape) > 1:
-        assert_equals_support(model, input_size, unit)
+        assert_sees_what_the_gradient_sees(model, input_size, unit)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["max", "avg", "conv"])
+@pytest.mark.parametrize("unit", [0, 1, 5, 11])
+def test_a_field_with_gaps_ends_where_its_last_pixel_is(unit: int, kind: str, dilation: int) -> None:
+    first = {"max": nn.MaxPool1d(1, 2), "avg": nn.AvgPool1d(1, 2), "conv": nn.Conv1d(2, 2, 1, stride=2)}[kind]
+    later = nn.Conv1d(2, 2, 3, padding=dilation, dilation=dilation)
+    assert_sees_what_the_gradient_sees(nn.Sequential(nn.Conv1d(2, 2, 2, 1, 1), first, later), (2, 24), (unit,))
 
 
 @pytest.mark.parametrize("unit", [(0, 0), (5, 11), (11, 3)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import widerf
+from tests.interrupts import interrupted
 from tests.reference import fingerprint
 from widerf.init import apply
 
@@ -21,36 +20,6 @@ def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), normed, nn.ConvTranspose2d(6, 4, 4, stride=2)
     )
-
-
-class Interrupts:
-    """Raises at the n-th line that widerf runs, once."""
-
-    def __init__(self, at: int) -> None:
-        self.left, self.fired = at, False
-
-    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        if "/widerf/" not in frame.f_code.co_filename.replace("\\", "/"):
-            return None
-        if event == "line" and not self.fired:
-            self.left -= 1
-            if self.left == 0:
-                self.fired = True
-                raise KeyboardInterrupt
-        return self
-
-
-def interrupted(call: Any, at: int) -> bool:
-    """Run ``call`` with an interrupt at the ``at``-th line; whether it came to that."""
-    interrupts, before = Interrupts(at), sys.gettrace()
-    sys.settrace(interrupts)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return interrupts.fired
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -80,7 +49,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(name: str) -> None:
     after, stride, at, ends = state(whole), 7 if name == "strength" else 97, 1, set()
     while True:
         model = network()
-        if not interrupted(lambda: CALLS[name](model), at):  # noqa: B023
+        if not interrupted(lambda: CALLS[name](model), at).place:  # noqa: B023
             break
         found = state(model)
         assert same(found, before) or same(found, after), f"half changed by an interrupt at line {at}"
@@ -93,7 +62,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(name: str) -> None:
 def test_an_interrupt_of_the_ruler_leaves_every_bit(call: Any) -> None:
     model = network().train()
     before, at = fingerprint(model), 1
-    while interrupted(lambda: call(model, (2, 12, 12)), at):
+    while interrupted(lambda: call(model, (2, 12, 12)), at).place:
         assert fingerprint(model) == before, f"changed by an interrupt at line {at}"
         assert not nn.modules.module._global_forward_hooks and not nn.modules.module._global_forward_pre_hooks
         at += 211

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from widerf.convolutions.convolution import Convolution
+from widerf.trace.certain import held
 from widerf.trace.sandbox import untouched
 
 _SILENT = 1e-3  # a branch scaled by less moves nothing at initialisation
@@ -97,7 +99,12 @@ def rebuilt(model: nn.Module, kernels: Sequence[Convolution]) -> dict[str, str]:
 
 def _above(model: nn.Module) -> list[nn.Module]:
     """Return the modules that hold ``model``, outermost last found first: a module does not know its holders."""
-    everything = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and vars(m).get("_modules")]
+    objects = gc.get_objects()  # millions: looked through without a loop of Python's
+    kinds = list(map(type, objects))
+    types = dict(zip(map(id, kinds), kinds, strict=True))
+    found = itertools.compress(types, map(issubclass, types.values(), itertools.repeat(nn.Module)))
+    every = itertools.compress(objects, map(set(found).__contains__, map(id, kinds)))
+    everything = [module for module in every if vars(module).get("_modules")]
     above: list[nn.Module] = []
     inner = {id(model)}
     while inner:
@@ -112,7 +119,7 @@ def _survivors(block: nn.Module, method: str, paths: Sequence[str]) -> set[str]:
     if method == _TELLS:
         return set(paths) if len(paths) == 1 else set()
     try:
-        with untouched(block), torch.no_grad(), _quiet():
+        with held(untouched(block), torch.no_grad(), _quiet()):
             twin = copy.deepcopy(block)
             places = {path: twin.get_submodule(path) for path in paths}
             result: Any = getattr(twin, method)()
@@ -124,7 +131,7 @@ def _survivors(block: nn.Module, method: str, paths: Sequence[str]) -> set[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with held(warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO())):
         warnings.simplefilter("ignore")
         yield
 

@@ -15,6 +15,7 @@ from widerf.erf.frame import Frame
 from widerf.erf.map import ERF
 from widerf.erf.prediction import predicted
 from widerf.geometry import mean_variance
+from widerf.trace.certain import held
 from widerf.trace.scene import Scene
 
 
@@ -45,7 +46,7 @@ def sensitivity(scene: Scene, kernels: Sequence[Convolution]) -> Sensitivity:
             weight = call.leaves[1].detach().clone().requires_grad_()
             calls[index] = replace(call, leaves=(call.leaves[0], weight, *call.leaves[2:]))
             weights.append((call.module, weight))
-    with torch.enable_grad():
+    with held(torch.enable_grad()):
         energy = backpropagate(replace(scene.tape, calls=calls), scene.seed()).double().sum(1).mean(0)
         variance = mean_variance(energy)
         gradients = torch.autograd.grad(variance, [w for _, w in weights], allow_unused=True)
@@ -60,7 +61,7 @@ def sensitivity(scene: Scene, kernels: Sequence[Convolution]) -> Sensitivity:
 
 def predicted_erf(scene: Scene, frame: Frame | None = None) -> tuple[ERF | None, str]:
     """Return the predicted ERF of the network or ``None``, and what is wrong with it or nothing."""
-    with warnings.catch_warnings(record=True) as caught:
+    with held(warnings.catch_warnings(record=True)) as (caught,):
         warnings.simplefilter("always")
         try:
             erf = predicted(scene, frame)

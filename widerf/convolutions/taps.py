@@ -43,7 +43,7 @@ def _energy_of_columns(rows: Tensor) -> Tensor:
 def variances(places: Array, energy: Array) -> Array:
     """Return the variance of taps' energies along each axis, about their centroid; NaN without energy."""
     total = energy.sum()
-    share = energy / total if total > 0 else np.full_like(energy, np.nan)
+    share = energy / total if 0 < total < np.inf else np.full_like(energy, np.nan)
     return np.asarray(share @ np.square(places - share @ places))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from widerf.errors import UntreatedOperatorError
 from widerf.operators import rule_of
-from widerf.operators.boxes import EMPTY, merges_positions, misalignment, pixels, scaled
-from widerf.operators.rule import Rule
+from widerf.operators.boxes import Jump, Terms, apart, nothing, pixels, scaled, union_of
+from widerf.operators.paths import merges_positions, misalignment
+from widerf.operators.rule import Arguments, Rule
 from widerf.trace.tape import Call, Tape
 
 
@@ -20,14 +20,22 @@ class Field:
     """What the elements of one tensor see.
 
     Attributes:
-        reach: ``(2·D, *shape)``, boxes, see :mod:`widerf.operators.boxes`.
+        terms: boxes ``(2·D, *shape)``, see :mod:`widerf.operators.boxes`; an element sees the union of its boxes in all
+            of them. They are several where one would hold more numbers, as for products of matrices.
         jump: input pixels between neighbours per axis, as the strides say; used where a single unit tells nothing.
         global_paths: modules through which the tensor sees the whole image besides its boxes.
     """
 
-    reach: Tensor
+    terms: Terms
     jump: tuple[float, ...]
     global_paths: frozenset[str] = frozenset()
+
+    @property
+    def reach(self) -> Tensor:
+        """The boxes as one tensor."""
+        if len(self.terms) == 1:
+            return self.terms[0]
+        return union_of(list(self.terms), tuple(self.terms[0].shape[1:]))
 
 
 @dataclass
@@ -55,7 +63,7 @@ def read_all(tape: Tape, targets: Sequence[int]) -> dict[int, Reading | Untreate
     calls = tape.needed(targets)
     last_use = {value: index for index, call in enumerate(calls) for value in call.inputs.values()}
     image = tape.values[0]
-    fields: dict[int, Field] = {0: Field(pixels(image), (1.0,) * (image.ndim - 2))}
+    fields: dict[int, Field] = {0: Field((pixels(image),), (1.0,) * (image.ndim - 2))}
     broken: dict[int, tuple[int, UntreatedOperatorError]] = {}
     shifts: list[tuple[Call, tuple[float, ...]]] = []
     united = {0: _united(fields[0])} if 0 in targets else {}
@@ -84,7 +92,7 @@ def read_all(tape: Tape, targets: Sequence[int]) -> dict[int, Reading | Untreate
 
 def _united(field: Field) -> Field:
     """What all channels see together: ``(2·D, *spatial)``."""
-    return Field(field.reach.amin((1, 2)), field.jump, field.global_paths)
+    return Field((field.reach.amin((1, 2)),), field.jump, field.global_paths)
 
 
 def _on_the_way(tape: Tape, target: int, shifts: list[tuple[Call, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
@@ -101,9 +109,10 @@ def _made(call: Call, tape: Tape, fields: dict[int, Field]) -> tuple[dict[int, F
     inputs = {position: fields[value] for position, value in call.inputs.items() if value in fields}
     if not inputs:
         return {}, None
-    reaches, shift = [f.reach for f in inputs.values()], None
-    if len(inputs) > 1 and rule.joins is not None and rule.joins(call, call.arguments(tape.values), reaches):
-        shift = misalignment(reaches)
+    shift = None
+    if len(inputs) > 1 and rule.joins is not None:
+        reaches = [f.reach for f in inputs.values()]
+        shift = misalignment(reaches) if rule.joins(call, call.arguments(tape.values), reaches) else None
     return _advance(call, rule, tape, inputs, tuple(tape.values[0].shape[2:])), shift
 
 
@@ -112,20 +121,32 @@ def _advance(
 ) -> dict[int, Field]:
     jump = tuple(max(jumps) for jumps in zip(*(f.jump for f in inputs.values()), strict=True))
     paths = frozenset[str]().union(*(f.global_paths for f in inputs.values()))
-    shapes = [tuple(tape.values[out].shape) if out is not None else None for out in call.outputs]
     arguments = call.arguments(tape.values)
-    before = tuple(next(iter(inputs.values())).reach.shape[1:])
-    after = next(shape for shape in shapes if shape is not None)
-    reaches = rule.boxes(call, arguments, {i: f.reach for i, f in inputs.items()}, shapes, jump)
+    seen = _seen(call, rule, arguments, tape, inputs, jump)
+    before = tuple(next(iter(inputs.values())).terms[0].shape[1:])
+    after = next(tuple(tape.values[out].shape) for out in call.outputs if out is not None)
     jump = scaled(jump, rule.jump(call, arguments, before, after))
-    if rule.mixes:
-        outputs = [r for r in reaches if r is not None]
-        if merges_positions(outputs, [f.reach for f in inputs.values()], spatial, jump):
-            paths |= {call.module}
-            reaches = [None if r is None else torch.full_like(r, EMPTY) for r in reaches]
+    if rule.mixes and merges_positions(list(seen.values()), [f.terms for f in inputs.values()], spatial, jump):
+        paths |= {call.module}
+        seen = {out: (nothing(terms[0]),) for out, terms in seen.items()}
     if rule.over_space is not None and rule.over_space(call, arguments):
         paths |= {call.module}
-    return {
-        out: Field(reach, jump, paths) for out, reach in zip(call.outputs, reaches, strict=False)
-        if out is not None and reach is not None
-    }  # fmt: skip
+    return {out: Field(terms, jump, paths) for out, terms in seen.items()}
+
+
+def _seen(
+    call: Call, rule: Rule, arguments: Arguments, tape: Tape, inputs: dict[int, Field], jump: Jump
+) -> dict[int, Terms]:
+    """What each output of a call sees; of a rule that distributes, term by term of each input."""
+    shapes = [tuple(tape.values[out].shape) if out is not None else None for out in call.outputs]
+    if rule.distributes:
+        single = [{position: term} for position, field in inputs.items() for term in field.terms]
+    else:
+        single = [{position: field.reach for position, field in inputs.items()}]
+    found = [rule.boxes(call, arguments, reaches, shapes, jump) for reaches in single]
+    seen: dict[int, Terms] = {}
+    for out, parts in zip(call.outputs, zip(*found, strict=True), strict=False):
+        reaches = [part for part in parts if part is not None]
+        if out is not None and reaches:
+            seen[out] = apart(reaches)
+    return seen

@@ -16,6 +16,7 @@ from widerf.erf.receptive import from_tape
 from widerf.errors import DeadUnitError
 from widerf.geometry import mean_variance
 from widerf.trace.ambient import plain_arithmetic
+from widerf.trace.certain import held
 from widerf.trace.scene import Scene
 
 
@@ -85,7 +86,7 @@ def predicted(scene: Scene, frame: Frame | None = None, *, warn: bool = True, ba
 def expected_energy(scene: Scene, backward: Backward | None = None) -> tuple[Tensor, float]:
     """Energy ``(*spatial)`` in float64, and the logarithm of the factor to its true scale."""
     backward = Backward(scene.tape) if backward is None else backward
-    with torch.no_grad():
+    with held(torch.no_grad()):
         energy, log_scale = backward.to_input(scene.tape.target, scene.seed())
     return _over_channels(energy), log_scale
 

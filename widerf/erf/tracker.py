@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from widerf.erf.logs import FIGURES, open_log
 from widerf.erf.map import ERF
 from widerf.erf.measurement import measure
 from widerf.errors import ClippedWarning
+from widerf.trace.certain import held
 from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene
+from widerf.trace.site import is_finite
 
 
 class ERFTracker:
@@ -26,7 +29,7 @@ class ERFTracker:
     Call :meth:`step` once in each training step, let :meth:`attach` do so after each step of an optimizer, or give
     :meth:`lightning` to a Lightning ``Trainer``. Training goes on as if nothing had happened: the model is measured in
     eval mode and comes back bit-identical, as does the random state. What cannot be measured (a dead unit, weights that
-    are not finite) is a row of NaN with an ``error``, and one warning: a monitor must not end a training. Under
+    are not finite) is a row of NaN with an ``error``, and one warning; a log that fails is a warning. Under
     ``torch.distributed`` only rank 0 measures and writes.
 
     Args:
@@ -96,7 +99,7 @@ class ERFTracker:
         if not _is_first_rank():
             return {}
         model = _unwrapped(self.model)
-        if not self._known:
+        if not self._known and is_finite(model):
             for layer in self.layers:
                 Scene.of(model, self.input_size, layer)
             self._known = True
@@ -112,18 +115,19 @@ class ERFTracker:
             else:
                 self.latest[name] = erf
             if self._log is not None:
-                self._log.write(row, erf)
+                with _going_on(row):
+                    self._log.write(row, erf)
         return dict(self.latest)
 
     def _look(self, model: nn.Module, layer: str | nn.Module | None) -> tuple[ERF | None, str | None]:
         try:
-            with untouched(model), warnings.catch_warnings():
+            with held(untouched(model), warnings.catch_warnings()):
                 # The share goes into each row; a warning at every step would drown it.
                 warnings.simplefilter("ignore", ClippedWarning)
                 model.eval()
                 return measure(model, self.input_size, layer=layer, inputs=self.inputs, samples=self.samples), None
         except Exception as error:  # whatever it is: the training goes on
-            return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+            return None, _line(error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on where this one was: the steps and the history."""
@@ -156,7 +160,8 @@ class ERFTracker:
                 tracker.step()
                 for row in tracker.history[known:]:
                     for logger in trainer.loggers:
-                        logger.log_metrics(_metrics(row), step=row["step"])
+                        with _going_on(row):
+                            logger.log_metrics(_metrics(row), step=row["step"])
 
             def state_dict(self) -> dict[str, Any]:
                 return tracker.state_dict()
@@ -165,6 +170,19 @@ class ERFTracker:
                 tracker.load_state_dict(state_dict)
 
         return ERFCallback()
+
+
+@contextmanager
+def _going_on(row: dict[str, Any]) -> Iterator[None]:
+    """A full disk or a service that is away is told, and the training goes on."""
+    try:
+        yield
+    except Exception as error:  # whatever a log may raise
+        warnings.warn(f"the ERF of layer {row['layer']!r} cannot be logged: {_line(error)}", stacklevel=4)
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _is_first_rank() -> bool:

@@ -36,6 +36,19 @@ def has_seen_data(module: nn.Module) -> bool:
     return bool((mean != 0).any()) or bool((variance != 1).any())
 
 
+def has_learnt(module: nn.Module) -> bool:
+    """Return whether a normalisation's shifts differ from channel to channel: no initialisation makes them so."""
+    shift = module._parameters.get("bias")
+    if "norm" not in type(module).__name__.lower() or shift is None or shift.is_meta or not shift.numel():
+        return False
+    return bool((shift != shift.flatten()[0]).any())
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Return whether a normalisation shows that its network has been trained."""
+    return has_seen_data(module) or has_learnt(module)
+
+
 def of_scale(largest: float) -> str:
     """Return what is said of scales whose largest entry is ``largest``."""
     return "have scale 0" if largest == 0 else f"have scale {largest:g} at most"
@@ -62,10 +75,12 @@ def warnings_of(model: nn.Module, steps: Sequence[Change], rows: Sequence[LayerC
             "What is widened inside them does not move the network's ERF until training wakes them "
             "(timm: zero_init_last=False, ls_init_value=1.0)."
         )
-    trained = [name for name, module in model.named_modules() if has_seen_data(module)] if chosen else []
+    signs = {"running statistics have moved": has_seen_data, "shifts have been learnt": has_learnt} if chosen else {}
+    found = {sign: [name for name, module in model.named_modules() if shows(module)] for sign, shows in signs.items()}
+    sign, trained = next(((sign, names) for sign, names in found.items() if names), ("", []))
     if trained:
         yield (
-            f"the network has been trained ({listed(trained)}: running statistics have moved): what it learnt is "
+            f"the network has been trained ({listed(trained)}: {sign}): what it learnt is "
             "re-weighted, too. Widen before training, or fine-tune afterwards."
         )
     for code, said in _BY_VERDICT.items():

@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from widerf.convolutions.convolution import Convolution
 from widerf.init.lasting import profile_of
+from widerf.trace.certain import certainly
 
 MARK = "_widerf_profile"  # attribute of a module: what an earlier call did to it
 _POWER_ITERATIONS = 30  # spectral normalisation after a change; its estimate starts from the one before
@@ -166,12 +167,14 @@ class Parametrised(_Computed):
     def _still(self) -> Iterator[None]:
         """Keep the chain in evaluation mode: spectral normalisation moves its estimate on every look else."""
         modes = [(module, module.training) for module in self.chain.modules()]
-        self.chain.eval()
-        try:
-            yield
-        finally:
+
+        def restore() -> None:
             for module, training in modes:
                 module.training = training
+
+        with certainly(restore):
+            self.chain.eval()
+            yield
 
     def read(self) -> Tensor:
         """See :class:`Held`."""

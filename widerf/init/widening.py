@@ -34,6 +34,7 @@ from widerf.init.rescale import execute, factors_for
 from widerf.init.target import Shapes, shapes_for
 from widerf.init.weights import unchangeable
 from widerf.profile.single import check_strength
+from widerf.trace.certain import certainly
 from widerf.trace.sandbox import untouched
 
 
@@ -155,11 +156,13 @@ def apply(
 @contextmanager
 def _kept(generator: Generator | None) -> Iterator[None]:
     state = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         if generator is not None and state is not None:
             generator.set_state(state)
+
+    with certainly(restore):
+        yield
 
 
 def _told(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 _PERIODS = 16  # longest period along an axis that is looked for: beyond upsampling by 16 the mean slope stands in
 EMPTY = math.inf
 Jump = tuple[float, ...]
+Terms = tuple[Tensor, ...]  # of a union, all of one shape
 
 
 def pixels(image: Tensor) -> Tensor:
@@ -28,10 +29,15 @@ def pixels(image: Tensor) -> Tensor:
     return torch.cat([first, -first]).expand(-1, *image.shape)
 
 
-def thin(reach: Tensor) -> Tensor:
+def nothing(like: Tensor) -> Tensor:
+    """Empty boxes in the place of others."""
+    return like.new_full((len(like), *(1 for _ in like.shape[1:])), EMPTY).expand_as(like)
+
+
+def thin(reach: Tensor, but: Collection[int] = ()) -> Tensor:
     """The same boxes with one element in place of each axis along which they are known to be equal (stride 0)."""
     for dim in range(1, reach.ndim):
-        if reach.stride(dim) == 0 and reach.shape[dim] > 1:
+        if reach.stride(dim) == 0 and reach.shape[dim] > 1 and dim not in but:
             reach = reach.narrow(dim, 0, 1)
     return reach
 
@@ -45,11 +51,29 @@ def stacked(components: list[Tensor]) -> Tensor:
     return torch.stack(components).expand(-1, *shape)
 
 
-def reshaped(reach: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """One component of boxes in another shape; a last axis along which all are equal is not copied."""
-    if reach.ndim and reach.stride(-1) == 0 and shape and shape[-1] == reach.shape[-1]:
-        return reach[..., 0].reshape(shape[:-1]).unsqueeze(-1).expand(shape)
-    return reach.reshape(shape)
+def reshaped(reach: Tensor, shape: Sequence[int]) -> Tensor:
+    """One component of boxes in another shape; axes along which all are equal are not copied."""
+    if 0 in shape or 0 not in reach.stride():
+        return reach.reshape(tuple(shape))
+    kept, found = [], []
+    for before, after in _blocks(reach.shape, shape):
+        equal = all(reach.stride(dim) == 0 or reach.shape[dim] == 1 for dim in before)
+        kept += [slice(1 if equal else None) for _ in before]
+        found += [1 if equal else shape[dim] for dim in after]
+    return reach[tuple(kept)].reshape(found).expand(*shape)
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """Runs of axes of two shapes that hold the same elements, as short as may be."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        starts, m, n = (i, j), 1, 1
+        while (i, j) == starts or m != n:
+            if i < len(before) and (m <= n or j == len(after)):
+                m, i = m * before[i], i + 1
+            else:
+                n, j = n * after[j], j + 1
+        yield range(starts[0], i), range(starts[1], j)
 
 
 def expanded(reach: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -68,54 +92,58 @@ def smallest(reaches: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.minimum, reaches)
 
 
-def _sees_all(reach: Tensor, whole: Tensor, how: Callable[[Tensor], Tensor] = torch.all) -> bool:
-    """Whether every element, or with ``torch.any`` some element, sees a whole box."""
-    return bool(how((thin(reach).reshape(len(reach), -1) <= whole[:, None]).all(0)))
+def apart(reaches: Sequence[Tensor]) -> Terms:
+    """Terms of the union of boxes of one shape: those are united whose union takes no more room than they do.
 
-
-def _all_that_is_seen(inputs: list[Tensor], spatial: tuple[int, ...]) -> Tensor | None:
-    """The box that the inputs see together, within the image; ``None`` if they see nothing."""
-    together = smallest(thin(reach).reshape(len(reach), -1).amin(1) for reach in inputs)
-    if not bool(together.isfinite().all()):
-        return None
-    return torch.maximum(together, together.new_tensor([0.0 for _ in spatial] + [1.0 - n for n in spatial]))
-
-
-def merges_positions(outputs: list[Tensor], inputs: list[Tensor], spatial: tuple[int, ...], jump: Jump) -> bool:
-    """Whether every output sees all that the inputs saw in the same way, which not all inputs did.
-
-    All that the inputs saw need not be the whole image: a stride may leave the last pixels out. "The same way" is tried
-    strictly and with some slack: channels may see differently (part of them went through a further layer), and so may
-    neighbours, by one jump (attention among every second position). Where no input saw all, it is enough that every
-    output does.
+    Element (i, j) of a product of matrices sees what row i and what column j see. As two terms these are n + m boxes;
+    as one n·m, a box for each pair of tokens.
     """
-    seen = _all_that_is_seen(inputs, spatial)
-    if seen is None:
-        return False
-    whole = [reach for reach in outputs if _sees_all(reach, seen)]
-    if not whole:
-        return False
-    if not any(_sees_all(reach, seen, torch.any) for reach in inputs):
-        return True
-    channels = 2 if outputs and outputs[0].ndim == len(spatial) + 3 and len(spatial) > 1 else None
-    for axis in {None, channels}:
-        for slack in (0.0, max(jump)):
-            same = [_is_constant(reach, axis, slack) for reach in inputs]
-            if not all(same) and any(_is_constant(reach, axis, slack) for reach in whole):
-                return True
-    return False
+    terms: list[Tensor] = []
+    for reach in sorted(reaches, key=_room, reverse=True):
+        for at, term in enumerate(terms):
+            joined = math.prod(map(max, thin(term).shape, thin(reach).shape))
+            if joined <= _room(term) + _room(reach):
+                terms[at] = union_of([term, reach], tuple(reach.shape[1:]))
+                break
+        else:
+            terms.append(reach)
+    return tuple(terms)
 
 
-def _is_constant(reach: Tensor, free: int | None = None, slack: float = 0.0) -> bool:
+def _room(reach: Tensor) -> int:
+    return thin(reach).numel()
+
+
+def greatest(terms: Terms, dims: Sequence[int]) -> Tensor:
+    """Largest entries of a union along axes, which stay with one element.
+
+    Along an axis on which one term alone varies, the largest minimum is the minimum of the largest: no pair is formed.
+    """
+    least = smallest(term.amax(own, keepdim=True) if own else term for own, term in alone(terms, dims))
+    return least.amax(tuple(dims), keepdim=True) if dims else least
+
+
+def alone(terms: Terms, dims: Sequence[int]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Each term, thin, behind those of some axes along which no other varies."""
+    kept = [thin(term) for term in terms]
+    others = [kept[:at] + kept[at + 1 :] for at in range(len(kept))]
+    return [
+        (tuple(dim for dim in dims if all(other.shape[dim] == 1 for other in rest)), term)
+        for term, rest in zip(kept, others, strict=True)
+    ]
+
+
+def is_constant(terms: Terms, free: int | None = None, slack: float = 0.0) -> bool:
     """Whether boxes differ by no more than ``slack`` along all axes but ``free``."""
-    reach = thin(reach)
-    dims = [dim for dim in range(1, reach.ndim) if dim != free]
+    dims = [dim for dim in range(1, terms[0].ndim) if dim != free]
     if not dims:
         return True
-    first = reach
-    for dim in dims:
-        first = first.narrow(dim, 0, 1)
-    return bool(((reach == first) | ((reach - first).abs() <= slack)).all())
+    place = (slice(None), *(slice(1 if dim in dims else None) for dim in range(1, terms[0].ndim)))
+    first = smallest(term[place] for term in terms)
+    low = smallest(thin(term).amin(dims, keepdim=True) for term in terms)
+    high = greatest(terms, dims)
+    within = ((low == first) | (first - low <= slack)) & ((high == first) | (high - first <= slack))
+    return bool(within.all())
 
 
 def is_constant_along(reach: Tensor, dim: int) -> bool:
@@ -123,45 +151,25 @@ def is_constant_along(reach: Tensor, dim: int) -> bool:
     return reach.stride(dim) == 0 or bool((reach == reach.narrow(dim, 0, 1)).all())
 
 
-def misalignment(reaches: list[Tensor]) -> tuple[float, ...] | None:
-    """Offset between the centres of two tensors that are joined, where it is the same everywhere and not zero."""
-    centres = []
-    for reach in map(thin, reaches):
-        rank = reach.shape[0] // 2
-        seen = reach.isfinite().all(0)
-        if not bool(seen.any()):
-            continue
-        centre = (reach[:rank] - reach[rank:]) / 2
-        centres.append(centre.reshape(rank, -1)[:, seen.flatten()])
-    for other in centres[1:]:
-        alike = other.shape == centres[0].shape
-        # Joined along channels: compare the centres of mass.
-        shift = other - centres[0] if alike else (other.mean(1) - centres[0].mean(1))[:, None]
-        if bool((shift - shift[:, :1]).abs().max() < 1e-3) and bool(shift.abs().max() > 1e-2):
-            return tuple(round(float(s), 4) for s in shift[:, 0])
-    return None
-
-
 def extend(reach: Tensor, dim: int, before: int, after: int, jump: Jump) -> Tensor:
     """Continue the boxes beyond a map's border along one axis, as if the map went on; negative amounts crop."""
-    n = reach.shape[dim]
+    n, shape = reach.shape[dim], list(reach.shape[1:])
     if before < 0 or after < 0:
         reach = reach.narrow(dim, max(-before, 0), n - max(-before, 0) - max(-after, 0))
         return extend(reach, dim, max(before, 0), max(after, 0), jump)
     if before == after == 0:
         return reach
+    reach = thin(reach, but=[dim])
     period, slope = _slope(reach, dim, jump)
     beyond = 0.0 if bool(slope.any()) else EMPTY  # what is added along an axis that is none of the image's sees nothing
-    index = torch.arange(-before, n + after)
-    turns = torch.where(
-        index < 0, -((-index + period - 1) // period), torch.where(index >= n, (index - n) // period + 1, 0)
-    )
-    source = (index - turns * period).clamp(0, n - 1)
-    shape = [1] * reach.ndim
-    shape[dim] = len(index)
-    steps = turns.to(reach.dtype).view(shape) * slope
-    taken = reach.index_select(dim, source)
-    return torch.where(taken.isfinite() & (turns.view(shape) != 0), taken + steps + beyond, taken)
+    index = torch.cat([torch.arange(-before, 0), torch.arange(n, n + after)])
+    turns = torch.where(index < 0, -((-index + period - 1) // period), (index - n) // period + 1)
+    taken = reach.index_select(dim, (index - turns * period).clamp(0, n - 1))
+    steps = turns.to(reach.dtype).view([-1 if axis == dim else 1 for axis in range(reach.ndim)]) * slope
+    added = torch.where(taken.isfinite(), taken + steps + beyond, taken)
+    whole = torch.cat([added.narrow(dim, 0, before), reach, added.narrow(dim, before, after)], dim)
+    shape[dim - 1] += before + after
+    return whole.expand(-1, *shape)
 
 
 def _slope(reach: Tensor, dim: int, jump: Jump) -> tuple[int, Tensor]:
@@ -171,18 +179,27 @@ def _slope(reach: Tensor, dim: int, jump: Jump) -> tuple[int, Tensor]:
         rank = len(jump)
         slope = reach.new_zeros(2 * rank, *(1 for _ in range(reach.ndim - 1)))
         axis = dim - (reach.ndim - rank)
-        if 0 <= axis < rank and reach.ndim == rank + 3 and _is_constant(reach[axis : axis + 1]):
+        if 0 <= axis < rank and reach.ndim == rank + 3 and is_constant((reach[axis : axis + 1],)):
             slope[axis], slope[rank + axis] = jump[axis], -jump[axis]
         return 1, slope  # 0 along an axis that was inserted: the image's own lies elsewhere
+    line = reach[tuple(slice(None if axis in (0, dim) else 1) for axis in range(reach.ndim))]
     for period in range(1, min(n // 2, _PERIODS) + 1):
-        later, sooner = reach.narrow(dim, period, n - period), reach.narrow(dim, 0, n - period)
-        difference = later - sooner  # not a number between two elements that see nothing
-        first = difference.nan_to_num(-EMPTY).amax(dim, keepdim=True)
-        steady = (difference - first).abs().nan_to_num(0.0) < 1e-3
-        if bool((steady & (later.isfinite() == sooner.isfinite())).all()):
-            return period, first.nan_to_num(0.0, 0.0, 0.0)
+        # One line tells most wrong periods.
+        if _step(line, dim, period) is not None and (step := _step(reach, dim, period)) is not None:
+            return period, step
     mean = (reach.narrow(dim, n - 1, 1) - reach.narrow(dim, 0, 1)) / (n - 1)
     return 1, mean.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _step(reach: Tensor, dim: int, period: int) -> Tensor | None:
+    """By how much boxes shift after a period along an axis, if they do so everywhere on it."""
+    count = reach.shape[dim] - period
+    later, sooner = reach.narrow(dim, period, count), reach.narrow(dim, 0, count)
+    difference = later - sooner  # not a number between two elements that see nothing
+    first = difference.nan_to_num(-EMPTY).amax(dim, keepdim=True)
+    steady = (difference - first).abs().nan_to_num(0.0) < 1e-3
+    repeats = bool((steady & (later.isfinite() == sooner.isfinite())).all())
+    return first.nan_to_num(0.0, 0.0, 0.0) if repeats else None
 
 
 def slide(

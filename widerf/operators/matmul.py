@@ -66,4 +66,4 @@ def _as_matrices(product: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, 
     return product, left, right
 
 
-NAMES = named(Rule("matmul", _boxes, _energy, mixes=True), " ".join(_FACTORS))
+NAMES = named(Rule("matmul", _boxes, _energy, mixes=True, distributes=True), " ".join(_FACTORS))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.operators.boxes import EMPTY, Jump, extend, is_constant_along, per_axis, reshaped, smallest, stacked
+from widerf.operators.boxes import EMPTY, Jump, extend, is_constant_along, per_axis, reshaped, smallest, stacked, thin
 from widerf.operators.flow import Energies, carried
 from widerf.operators.rule import Arguments, Inputs, Parts, Rule, Shape, joined, named, once
 from widerf.trace.tape import Call, linearised
@@ -69,6 +69,14 @@ def _viewed(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any])
 
 def _kept(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
     return (next(iter(leaves.values())),)
+
+
+def _rolled(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
+    """Axes along which all see the same are not copied."""
+    ((position, reach),) = leaves.items()
+    turned = [dim % reach.ndim for dim in arguments["dims"]] or range(reach.ndim)
+    rolled = call.run({position: thin(reach[None], but=[1 + dim for dim in turned])[0]})
+    return tuple(out.expand(shapes[0]) for out in rolled)
 
 
 def _strided(call: Call, arguments: Arguments, leaves: Inputs, shapes: list[Any]) -> tuple[Any, ...]:
@@ -167,16 +175,16 @@ def _bordered(call: Call, arguments: Arguments, before: Shape, after: Shape) -> 
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _moves(move: Move) -> Rule:
-    return Rule("moves", by(move), energy, carried)
+def _moves(move: Move, distributes: bool = False) -> Rule:
+    return Rule("moves", by(move), energy, carried, distributes=distributes)
 
 
 NAMES = joined(
     [
         named(
-            _moves(_itself),
+            _moves(_itself, True),
             "permute transpose t unsqueeze squeeze expand slice select split split_with_sizes unsafe_split "
-            "unsafe_split_with_sizes unbind roll flip repeat pixel_shuffle "
+            "unsafe_split_with_sizes unbind flip repeat pixel_shuffle "
             "pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal movedim unflatten tril triu rot90 "
             "repeat_interleave narrow chunk",
         ),
@@ -184,8 +192,9 @@ NAMES = joined(
         named(_moves(_indexed), "take index index_select gather"),
         named(_moves(_filled), "copy slice_scatter select_scatter scatter.src scatter.value index_copy index_fill"),
         named(_moves(_put), "index_put"),
-        named(_moves(_viewed), "view _unsafe_view reshape _reshape_alias"),
-        named(_moves(_kept), "clone alias detach _to_copy contiguous lift_fresh"),
+        named(_moves(_rolled, True), "roll"),
+        named(_moves(_viewed, True), "view _unsafe_view reshape _reshape_alias"),
+        named(_moves(_kept, True), "clone alias detach _to_copy contiguous lift_fresh"),
         named(_moves(_strided), "as_strided"),
         named(Rule("moves", _padded, energy, carried, _bordered), "constant_pad_nd"),
         named(_moves(_any_of), "topk sort"),

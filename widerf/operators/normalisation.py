@@ -201,7 +201,7 @@ NAMES = joined(
             Rule("normalisation", _join_channels, _of_layer, over_space=_over_many_axes),
             "native_layer_norm _fused_rms_norm",
         ),
-        named(Rule("softmax", _join_scores, _of_softmax, mixes=True), "_softmax _safe_softmax"),
+        named(Rule("softmax", _join_scores, _of_softmax, mixes=True, distributes=True), "_softmax _safe_softmax"),
         named(Rule("dropout", _stay, _of_dropout, jump=in_place), "native_dropout"),
     ]
 )

@@ -52,7 +52,7 @@ def slopes(calls: Sequence[Call], inputs: Inputs, last: int) -> list[Tensor | No
         return list(torch.autograd.grad(known[last].sum(), leaves, allow_unused=True, create_graph=further))
 
 
-RULE = Rule("pointwise", _boxes, None, jump=in_place, joins=always)
+RULE = Rule("pointwise", _boxes, None, jump=in_place, distributes=True, joins=always)
 # Operators that torch itself marks as such (torch.Tag.pointwise) need not be listed; torch 2.11 leaves some out.
 NAMES = joined(
     [

@@ -61,7 +61,7 @@ def _energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies
 NAMES = joined(
     [
         named(
-            Rule("reduction", _boxes, _energy, averaged, mixes=True),
+            Rule("reduction", _boxes, _energy, averaged, mixes=True, distributes=True),
             "mean sum amax amin max min var std var_mean std_mean logsumexp linalg_vector_norm norm prod",
         ),
         named(Rule("reduction", _folded, _energy, averaged, mixes=True), "col2im"),

@@ -64,6 +64,7 @@ class Rule:
         jump: ``(call, arguments, before, after)`` → by how much the distance of neighbours grows per spatial axis from
             an input of shape ``before`` to an output of shape ``after``; ``None`` where only the sizes tell.
         mixes: whether an output element may see all positions of its input: a global path is looked for.
+        distributes: whether the boxes of a union are the union of the boxes, input by input and term by term.
         joins: ``(call, arguments, reaches)`` → whether inputs meet at the same positions, so that paths which are
             shifted against each other are reported; parts that are put side by side do not.
         over_space: ``(call, arguments)`` → whether statistics over the positions of one image enter.
@@ -75,6 +76,7 @@ class Rule:
     common: Callable[[Call, Arguments, Inputs, Energies, Energies], CommonParts] = scattered
     jump: Callable[[Call, Arguments, Shape, Shape], Jump | None] = by_sizes
     mixes: bool = False
+    distributes: bool = False
     joins: Callable[[Call, Arguments, list[Tensor]], bool] | None = None
     over_space: Callable[[Call, Arguments], bool] | None = None
 

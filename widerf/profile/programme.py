@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from widerf.trace.certain import held
+
 Array = NDArray[np.float64]
 
 RESIDUAL = 1e-9  # largest violation of a constraint of (P) that is accepted; moments are scaled to be at most 1
@@ -68,7 +70,7 @@ def _multipliers(programme: Programme) -> Array:
     moments = programme.features.T @ energies >= programme.bounds
     entropy = cp.sum(cp.multiply(programme.counts[programme.block], cp.entr(energies)))
     problem = cp.Problem(cp.Maximize(entropy), [blocks.astype(float) @ energies == 1, moments])
-    with warnings.catch_warnings():
+    with held(warnings.catch_warnings()):
         # "Solution may be inaccurate" is settled afterwards, by the residual of the polished solution.
         warnings.simplefilter("ignore", UserWarning)
         problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from widerf.kernels.gate import allocated
 from widerf.kernels.plan import Taps
+from widerf.trace.certain import certainly
 
 _C: Any = torch._C
 _functorch: Any = _C._functorch
@@ -31,7 +32,8 @@ def unwatched() -> Iterator[None]:
 
     Offsets are facts about a layer. They are integers also where the layer's tensors are fake, traced or batched.
     """
-    with contextlib.ExitStack() as stack:
+    stack = contextlib.ExitStack()
+    with certainly(stack.close):  # the recorder's mode has to be back before the recorder leaves
         if _mode() is not None:
             stack.enter_context(_disable_current_modes())
         if torch._C._are_functorch_transforms_active():

@@ -14,6 +14,7 @@ from widerf.kernels.plan import Layout, Taps
 from widerf.sparse import following
 from widerf.sparse.offsets import check_pattern
 from widerf.sparse.spec import LayerSpec, Pairs, lay_out
+from widerf.trace.certain import held
 
 STALE = (
     "offsets must not be changed after compilation, got others than those compiled "
@@ -45,7 +46,7 @@ class KeepsOffsets(_ConvNd):
     def _keep(self, taps: Taps) -> None:
         """Register the buffers of a new layer."""
         device = self.weight.device
-        with torch.device("cpu"), following.unwatched():
+        with held(torch.device("cpu"), following.unwatched()):
             furthest = int(patterns.window(self.kernel_size, self.extent).abs().max())
         self._taps, self._hash = taps, hash(taps)
         self.register_buffer("offsets", torch.tensor(taps, device=device))

@@ -18,6 +18,7 @@ from widerf.sparse import following
 from widerf.sparse.keeping import KeepsOffsets
 from widerf.sparse.offsets import check_block, check_pattern, draw_offsets, fresh_seed, window_of
 from widerf.sparse.spec import borders, convolve_as
+from widerf.trace.certain import held
 
 Pattern: TypeAlias = str | Tensor | patterns.Mixture
 
@@ -90,7 +91,7 @@ class SparseConv(KeepsOffsets):
         check_block(block)
         pattern = patterns.default_pattern(k, depthwise=1 < groups == in_channels) if pattern is None else pattern
         # On the CPU and in integers also where the model is built on another device, on none ("meta"), or of fakes.
-        with torch.device("cpu"), following.unwatched():
+        with held(torch.device("cpu"), following.unwatched()):
             seed = fresh_seed() if seed is None else seed
             if not isinstance(pattern, Tensor):
                 patterns.check_named(pattern)
@@ -163,7 +164,7 @@ class SparseConv(KeepsOffsets):
             >>> SparseConv2d(54, 8, 3, extent=9, pattern="partition").readers()
             (6, 6)
         """
-        with torch.device("cpu"):
+        with held(torch.device("cpu")):
             first = patterns.window(self.kernel_size, self.extent)[0]
             at = torch.tensor(self._taps) - first
             flat = torch.zeros(at.shape[:2], dtype=torch.int64)

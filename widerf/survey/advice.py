@@ -23,7 +23,7 @@ from widerf.erf.prediction import predict, predicted
 from widerf.erf.receptive import from_tape
 from widerf.errors import ClippedWarning, UntreatedOperatorError
 from widerf.init import apply
-from widerf.init.advice import has_seen_data
+from widerf.init.advice import is_trained
 from widerf.init.target import weigh
 from widerf.report import PATIENCE, Report, counted, listed, progress_bar
 from widerf.survey.findings import Finding, Look, Remedy, after, as_html, as_text, call_of, mended, waking
@@ -146,7 +146,7 @@ class _Network:
     def __init__(self, scene: Scene, kernels: list[Convolution], layer: str | nn.Module | None) -> None:
         self.scene, self.kernels, self.model, self.layer = scene, kernels, scene.model, layer
         self.silent = silent_branches(scene.model)
-        self.trained = [name for name, module in scene.model.named_modules() if has_seen_data(module)]
+        self.trained = [name for name, module in scene.model.named_modules() if is_trained(module)]
         self.erf: ERF | None = None
         self.problem = ""
         try:
@@ -280,7 +280,7 @@ class _Network:
         finding = Finding(
             "pretrained", "the weights are trained: init.apply would re-weight what they learnt; convert, which keeps "
             "each weight in its part of the window, and fine-tune",
-            "running statistics that have moved", tuple(self.trained), figure=_STD, before=erf.std,
+            "running statistics or shifts that have moved", tuple(self.trained), figure=_STD, before=erf.std,
         )  # fmt: skip
         remedy = call_of("convert", convert, pattern="stratified", input_size=self.scene.input_size)
         return mended(self.model, finding, remedy, self.std)

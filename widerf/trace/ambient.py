@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction
 
+from widerf.trace.certain import certainly, held
+
 
 @contextmanager
 def own_state(*, gradients: bool | None = None) -> Iterator[None]:
     """Neither the caller's ``inference_mode`` nor autocast; nothing compiled, no checkpoint; gradients as told."""
     on = torch.is_grad_enabled() if gradients is None else gradients
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(on))
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_eager())
-        stack.enter_context(_without_checkpoints())
+    cast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    with held(
+        torch.inference_mode(False),
+        _grad_mode(on),
+        *(torch.autocast(device, enabled=False) for device in cast),
+        _eager(),
+        _without_checkpoints(),
+    ):
+        yield
+
+
+@contextmanager
+def _grad_mode(on: bool) -> Iterator[None]:
+    # torch.set_grad_enabled sets the mode when it is made, not when it is entered
+    kept = torch.is_grad_enabled()
+    with certainly(lambda: torch.set_grad_enabled(kept)):
+        torch.set_grad_enabled(on)
         yield
 
 
@@ -35,28 +46,24 @@ def plain_pass() -> Iterator[None]:
     written, attention as matrix products.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with own_state(gradients=True), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with certainly(lambda: torch.backends.mha.set_fastpath_enabled(fast)):
+        torch.backends.mha.set_fastpath_enabled(False)
+        with held(own_state(gradients=True), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings()):
             # The recorder's hooks on all modules are also called for the compiler's wrappers, which is meant.
             warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
 def plain_arithmetic(*, gradients: bool | None = None) -> Iterator[None]:
     """Arithmetic on a recording: in float32 on the CPU where nothing else is said, whatever the caller's defaults."""
     kept = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
     # Where it is the default, the context would only be gone through by every operator.
     there = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    try:
-        with own_state(gradients=gradients), there:
+    with certainly(lambda: torch.set_default_dtype(kept)):
+        torch.set_default_dtype(torch.float32)
+        with held(own_state(gradients=gradients), there):
             yield
-    finally:
-        torch.set_default_dtype(kept)
 
 
 @contextmanager
@@ -67,20 +74,22 @@ def _without_checkpoints() -> Iterator[None]:
         return function(*args)
 
     kept = CheckpointFunction.__dict__.get("apply")
-    CheckpointFunction.apply = staticmethod(apply)
-    try:
-        yield
-    finally:
-        if kept is None:
-            del CheckpointFunction.apply
-        else:
+
+    def restore() -> None:
+        if kept is not None:
             CheckpointFunction.apply = kept
+        elif "apply" in CheckpointFunction.__dict__:
+            del CheckpointFunction.apply
+
+    with certainly(restore):
+        CheckpointFunction.apply = staticmethod(apply)
+        yield
 
 
-def _eager() -> Any:
-    """Nothing is compiled; below torch 2.6, which has no stance, by the compiler's own switch."""
-    if hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
-    from torch import _dynamo
-
-    return _dynamo.config.patch(disable=True)
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Nothing is compiled."""
+    stances: list[Any] = []  # a stance is taken when it is made, and the one before it again when it is left
+    with certainly(lambda: [stance.__exit__(None, None, None) for stance in stances]):
+        stances.append(torch.compiler.set_stance("force_eager"))
+        yield

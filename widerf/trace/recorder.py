@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from widerf.trace.ambient import plain_pass
+from widerf.trace.certain import certainly, held
 from widerf.trace.layout import tensors_in
-from widerf.trace.site import MapSite, names_of
+from widerf.trace.recurrent import IN_STEPS
+from widerf.trace.site import MapSite, names_of, remove
 from widerf.trace.tape import Call, Tape, operator_name
 from widerf.trace.writes import Write, functional_form, out_arguments, source_of, storage_of, written_tensors
 
@@ -55,7 +58,7 @@ def record(
         images = images.clone() if images.is_inference() else images
         recorder = _Recorder(images, {id(module): name for module, name in names_of(model).items()})
         weights = _frozen_weights(model) if freeze else nullcontext()
-        with weights, _paths(recorder, site, also), _own_functions(recorder), recorder:
+        with held(weights, _paths(recorder, site, also), _own_functions(recorder), recorder):
             reached = site.reach(model, images)
         target = recorder.value_of(reached)
     if target is None:
@@ -88,28 +91,21 @@ def _paths(recorder: _Recorder, site: MapSite, also: Sequence[MapSite]) -> Itera
         if call == mark.call and (value := recorder.value_of(mark.lay(output))) is not None:
             recorder.tape.marks[mark.name] = value
 
-    handles = [
-        module_hooks.register_module_forward_pre_hook(enter),
-        module_hooks.register_module_forward_hook(leave),
-    ]
-    try:
+    handles: list[RemovableHandle] = []
+    with certainly(lambda: remove(handles)):
+        handles.append(module_hooks.register_module_forward_pre_hook(enter))
+        handles.append(module_hooks.register_module_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def _frozen_weights(model: nn.Module) -> Iterator[None]:
     """Without weights that want gradients autograd records nothing of its own."""
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+    with certainly(lambda: [parameter.requires_grad_(True) for parameter in wanting]):
         for parameter in wanting:
             parameter.requires_grad_(False)
         yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -125,11 +121,12 @@ def _own_functions(recorder: _Recorder) -> Iterator[None]:
         finally:
             recorder.modes.pop()
 
-    base.apply = classmethod(apply)
-    try:
-        yield
-    finally:
+    def restore() -> None:
         base.apply = original
+
+    with certainly(restore):
+        base.apply = classmethod(apply)
+        yield
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -156,7 +153,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():  # the model's own: operators come here before they are taken apart
-            with self:
+            with held(self):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
@@ -168,6 +165,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return args[0].fill_(math.sqrt(float(share)))
         if operator_name(func) in _SHAPE_ONLY:
             return func(*args, **kwargs)
+        if tracked and operator_name(func) in IN_STEPS:
+            with held(self):
+                parts = IN_STEPS[operator_name(func)](*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if tracked:
             return self._note(func, args, kwargs)
         result = func(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
+from widerf.trace.certain import held
 from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
 from widerf.trace.site import (
@@ -98,7 +99,7 @@ class Scene:
 
     def record(self, images: Tensor, *, evaluating: bool = False) -> Tape:
         """Record a pass over other images, in eval mode if so told; the model comes back as it was."""
-        with untouched(self.model), torch.no_grad():
+        with held(untouched(self.model), torch.no_grad()):
             return record(self.model.eval() if evaluating else self.model, images, self.site, self.also)
 
     def differentiable(self) -> Scene:
@@ -126,7 +127,7 @@ class Scene:
             modules = {name: module for module, name in names_of(self.model).items()}
             site, *also = (replace(s, module=modules[s.name]) for s in (self.site, *self.also))
             return replace(self, _tape=None, site=site, also=tuple(also))
-        with untouched(self.model), torch.no_grad():
+        with held(untouched(self.model), torch.no_grad()):
             return replace(self, _tape=self._tape.replayed())
 
     def seed(self) -> Tensor:

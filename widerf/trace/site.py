@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules import module as module_hooks
+from torch.utils.hooks import RemovableHandle
 
 from widerf._checks import require, require_known
 from widerf.trace.ambient import plain_pass
+from widerf.trace.certain import certainly, held
 from widerf.trace.layout import AxisOrderName, Reader, by_preference, tensors_in
 from widerf.trace.sandbox import untouched
 
@@ -205,6 +207,15 @@ def check_unit(unit: Sequence[int] | int | None, spatial_shape: Sequence[int]) -
     return tuple(i % n for i, n in zip(index, spatial_shape, strict=True))
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether :func:`check_finite` accepts a model."""
+    try:
+        check_finite(model)
+    except ValueError:
+        return False
+    return True
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise ``ValueError`` that names the first parameter or buffer that is not finite, or cannot be differentiated."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -237,18 +248,23 @@ def _unwrapped(name: str) -> str:
 @contextmanager
 def after(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
     """Call ``hook(module, inputs, output)`` after each call of a module, be it a scripted one, which takes no hooks."""
-    if isinstance(module, torch.jit.ScriptModule):
 
-        def other(called: nn.Module, inputs: Any, output: Any) -> None:
-            if called is module:
-                hook(called, inputs, output)
+    def other(called: nn.Module, inputs: Any, output: Any) -> None:
+        if called is module:
+            hook(called, inputs, output)
 
-        handle = module_hooks.register_module_forward_hook(other)
-    else:
-        handle = module.register_forward_hook(hook)
-    try:
+    handles: list[RemovableHandle] = []
+    with certainly(lambda: remove(handles)):
+        if isinstance(module, torch.jit.ScriptModule):
+            handles.append(module_hooks.register_module_forward_hook(other))
+        else:
+            handles.append(module.register_forward_hook(hook))
         yield
-    finally:
+
+
+def remove(handles: Sequence[RemovableHandle]) -> None:
+    """Take hooks off."""
+    for handle in handles:
         handle.remove()
 
 
@@ -283,7 +299,7 @@ def _record(model: nn.Module, names: dict[nn.Module, str], input_size: tuple[int
 
     The pass runs on tensors that have a shape and no content; only where the model cannot do with these, in full.
     """
-    with plain_pass(), torch.no_grad():
+    with held(plain_pass(), torch.no_grad()):
         return _record_plainly(model, names, input_size)
 
 
