@@ -194,7 +194,7 @@ def page(rows: Sequence[Record]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"- {row['model']}: {note}." for row in rows for note in row["warnings"]]
     lines += ["", "What the reports warn of:", "", *notes] if notes else []
-    lines += ["", f"Not run yet: {', '.join(missing)}."] if missing else []
+    lines += ["", f"Not run yet: {'; '.join(missing)}."] if missing else []
     return "\n".join(lines) + "\n"
 
 

@@ -46,7 +46,7 @@ def test_a_missed_target_and_windows_off_their_map_stand_in_the_title() -> None:
         text = road.page([row | fault])
         assert "0 of 1 models meet" in text
         assert "faults in a\n" in text
-    assert "Not run yet: TCN, U-Net" in road.page([row])
+    assert "Not run yet: TCN; U-Net" in road.page([row])
 
 
 def test_models_that_have_a_row_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
