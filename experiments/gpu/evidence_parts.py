@@ -175,7 +175,8 @@ class Study:
         found = []
         for arm in self.builds:
             mine = [row for row in rows if row.get("phase") == "choose" and row["arm"] == f"{self.name}: {arm}"]
-            scores = {rate: [row["curve"][-1] for row in mine if row["rate"] == rate] for rate in self.rates}
+            # A network that was lost before the first look has no score: the worst one.
+            scores = {rate: [[0.0, *row["curve"]][-1] for row in mine if row["rate"] == rate] for rate in self.rates}
             found.append(
                 max(self.rates, key=lambda rate: sum(scores[rate]) / len(scores[rate]) if scores[rate] else -1)
             )
