@@ -47,9 +47,9 @@ BOXES = {
     "depthwise, thirteen taps": Case(
         rows=(0,) * 16 + (1,) * 16, outs=32, groups=32, kernel=(1, 13), size=(5, 21), sizes=(32, 1, 16)
     ),
-    # A weight gradient of 40 programs over 2 taps: 20 parts, of which eight are added up at a time; outputs beyond 64.
+    # A weight gradient of 40 programs, 2 taps and 2 blocks of outputs: 10 parts, of which eight are added up at a time.
     "parts and outputs of several blocks": Case(
-        rows=(0,) * 16, outs=80, kernel=(1, 2), batch=3, size=(9, 17), sizes=(16, 32, 16)
+        rows=(0,) * 16, outs=80, kernel=(1, 2), batch=3, size=(9, 17), sizes=(16, 64, 16)
     ),
 }
 FORMS: dict[str, dict[str, Any]] = {
