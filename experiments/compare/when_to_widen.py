@@ -18,7 +18,7 @@ from experiments.compare.verdict import Row, Verdict
 from experiments.gpu.evidence_page import compare, read
 from experiments.harness.ledger import RESULTS
 from experiments.harness.runs import Record, write_whole
-from experiments.harness.statistics import Estimate
+from experiments.harness.statistics import Estimate, paired_difference
 
 CARD = "nvidia-h200"
 FIRST = {"first cifar10": (0.5, 600)}  # series before the studies: target and budget
@@ -78,6 +78,17 @@ def points(study: str, arm: str) -> str:
     return "not run"
 
 
+def after(study: str, arm: str, depth: int, radius: int) -> str:
+    """Write the difference of an arm's measured ERF std after training to He's, in pixels, paired by seed."""
+    found = verdict(study, depth, radius)
+    pairs = found.pairs(arm) if found else ([], [])
+    stds = [[record["erf_after"]["std"] for record in side] for side in pairs]
+    if not stds[0]:
+        return "not run"
+    gap = paired_difference(*stds)
+    return f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
+
+
 @cache
 def _on_card() -> list[Record]:
     return read(RESULTS, CARD).get("far-pair", [])
@@ -103,7 +114,7 @@ def text() -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("when-to-widen.md").render(
-        steps=steps, seconds=seconds, points=points, row=row, verdict=verdict, on_card=on_card
+        steps=steps, seconds=seconds, points=points, row=row, verdict=verdict, on_card=on_card, after=after
     )
 
 
