@@ -10,12 +10,11 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
   // Input pixel s·i + phase is read by output i + (phase − shift)/s.
   int64_t low_y = 0, low_x = 0, high_y = s.U - 1, high_x = s.V - 1;
   const int64_t far_y = ceil_div(s.H, s.sy) - 1, far_x = ceil_div(s.W, s.sx) - 1;
-  auto down = [](int64_t a, int64_t b) { return b == 1 ? a : a >= 0 ? a / b : -ceil_div(-a, b); };
   for (int64_t k = 0; k < s.C * s.T; k++) {
     const int32_t *d = shifts + 2 * k;
     if (!alive(s, d)) continue;
-    low_y = least(low_y, -down(d[0], s.sy)), low_x = least(low_x, -down(d[1], s.sx));
-    high_y = most(high_y, far_y - down(d[0], s.sy)), high_x = most(high_x, far_x - down(d[1], s.sx));
+    low_y = least(low_y, -floor_div(d[0], s.sy)), low_x = least(low_x, -floor_div(d[1], s.sx));
+    high_y = most(high_y, far_y - floor_div(d[0], s.sy)), high_x = most(high_x, far_x - floor_div(d[1], s.sx));
   }
   const Bordered plane = {-low_y, -low_x, high_y - low_y + 1, high_x - low_x + 1, 1, 1, s.U, s.V};
   const Planes in(s.B, s.C, s.U, s.V, s.last), out(s.B, s.C, s.H, s.W, s.last);
@@ -25,7 +24,7 @@ inline int grad_input_depthwise(const Shape &s, const int32_t *shifts, const flo
   const bool whole = s.sy * s.sx == 1;  // one phase, and it is the image
   const int64_t band = s.last && whole ? least(BAND, s.H) : s.H;  // rows of all phases go out together
   const LiveTaps live(s, shifts, w, steps, [&](const int32_t *d, int64_t *at) {
-    const int64_t y = down(d[0], s.sy), x = down(d[1], s.sx);
+    const int64_t y = floor_div(d[0], s.sy), x = floor_div(d[1], s.sx);
     *at = plane.at(-y, -x);
     const int64_t phase_y = d[0] - y * s.sy, phase_x = d[1] - x * s.sx;
     return phase_y < down_to && phase_x < across ? phase_y * across + phase_x : -1;

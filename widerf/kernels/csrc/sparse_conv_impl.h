@@ -1,5 +1,7 @@
 // The three functions of the interface, for the vector width that the including file sets.
 #pragma once
+#include "blocks_depthwise.h"
+#include "blocks_weight.h"
 #include "depthwise_backward.h"
 #include "grad_input.h"
 #include "grad_weight.h"
@@ -75,6 +77,8 @@ void zero(float *to, int64_t floats) {
 
 WIDERF_EXPORT int widerf_forward(const widerf_problem *p, const int32_t *shifts, const float *x, const float *w, float *y) {
   if (empty(p)) return zero(y, p->batch * output_floats(p)), 0;
+  if (const Shape s(p); in_runs(s, shifts))
+    return s.G > 1 ? depthwise_runs(s, onward(s), shifts, x, w, y) : forward_runs(s, shifts, x, w, y);
   if (!p->channels_last || depthwise(p, shifts)) return forward_planes(p, shifts, x, w, y);
   return by_slabs(p, x, nullptr, [&](const widerf_problem &part, int64_t b, float *in, float *out) {
     if (forward_planes(&part, shifts, in, w, out)) return 1;
@@ -87,6 +91,8 @@ WIDERF_EXPORT int widerf_forward(const widerf_problem *p, const int32_t *shifts,
 WIDERF_EXPORT int widerf_grad_input(const widerf_problem *p, const int32_t *shifts, const float *grad_y, const float *w,
                                     float *grad_x) {
   if (empty(p)) return zero(grad_x, p->batch * input_floats(p)), 0;
+  if (const Shape s(p); in_runs(s, shifts))
+    return s.G > 1 ? depthwise_runs(s, back(s), shifts, grad_y, w, grad_x) : grad_input_runs(s, shifts, grad_y, w, grad_x);
   if (!p->channels_last || depthwise(p, shifts)) return grad_input_planes(p, shifts, grad_y, w, grad_x);
   return by_slabs(p, nullptr, grad_y, [&](const widerf_problem &part, int64_t b, float *in, float *out) {
     if (grad_input_planes(&part, shifts, out, w, in)) return 1;
@@ -100,6 +106,8 @@ WIDERF_EXPORT int widerf_grad_weight(const widerf_problem *p, const int32_t *shi
                                      float *grad_w) {
   const int64_t weights = p->groups > 0 ? p->out_channels * (p->in_channels / p->groups) * p->taps : 0;
   if (empty(p)) return zero(grad_w, weights), 0;
+  if (const Shape s(p); in_runs(s, shifts))
+    return s.G > 1 ? depthwise_runs_weight(s, shifts, x, grad_y, grad_w) : grad_weight_runs(s, shifts, x, grad_y, grad_w);
   if (!p->channels_last || depthwise(p, shifts)) return grad_weight_planes(p, shifts, x, grad_y, grad_w);
   Scratch<float> part_w(weights);
   if (!part_w.data) return 1;

@@ -7,7 +7,8 @@
 #ifndef WIDERF_VECTOR_BYTES
 #define WIDERF_VECTOR_BYTES 16
 #endif
-#define WIDERF_INLINE inline __attribute__((always_inline))
+#define WIDERF_ALWAYS __attribute__((always_inline))
+#define WIDERF_INLINE inline WIDERF_ALWAYS
 
 namespace {
 
@@ -50,5 +51,7 @@ WIDERF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 WIDERF_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 WIDERF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 WIDERF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// A division takes as long as twenty products.
+WIDERF_INLINE int64_t floor_div(int64_t a, int64_t b) { return b == 1 ? a : a >= 0 ? a / b : -ceil_div(-a, b); }
 
 }  // namespace

@@ -1,0 +1,203 @@
+// Depthwise layers in channels_last whose neighbouring channels share their taps: the lanes are channels.
+#pragma once
+#include "blocks.h"
+
+namespace {
+
+constexpr int DW = 2;                                      // vectors of channels side by side
+constexpr int DM = WIDERF_VECTOR_BYTES == 64 ? 8 : 4;  // pixels of a register tile
+constexpr int64_t ROWS_TOGETHER = 8;                              // rows of results between two pieces of the channels
+
+// What a tap reads for the pixels 0, 1, … of a line of results: of those in [low, high), at + pixel · step.
+struct Reading {
+  int64_t at, low, high, tap;
+};
+
+// Channels computed together: `vectors` of them, the second from `second` on, may repeat lanes of the first or of the
+// piece before; its own begin at `own`.
+struct Channels {
+  int64_t run, start, end, own, vectors, second;
+};
+
+// All channels in pieces of up to DW vectors.
+struct ChannelPieces {
+  Scratch<Channels> piece;
+  int64_t count;
+  ChannelPieces(const Shape &s, const int32_t *shifts) : piece(ceil_div(s.C, VW) + s.C / LEAST_RUN + 1), count(0) {
+    if (!piece.data) return;
+    for (int64_t c = 0, end, run = 0; c < s.C; c = end, run++) {
+      end = run_end(s, shifts, c);
+      for (int64_t own = c; own < end; own += DW * VW) {
+        const int64_t stop = least(end, own + DW * VW), start = least(own, stop - VW);
+        piece.data[count++] = {run, start, stop, own, stop - start > VW ? 2 : 1, stop - start - VW};
+      }
+    }
+  }
+};
+
+// The lines of results of a way: one each row, and as many more as pixels are skipped between them.
+struct Lines {
+  const Way &way;
+  const Shape &s;
+  const int32_t *shifts;
+  int64_t phases;
+  Lines(const Way &way, const Shape &s, const int32_t *shifts)
+      : way(way), s(s), shifts(shifts), phases(least(way.down_x, way.width)) {}
+  int64_t pixels(int64_t phase) const { return ceil_div(way.width - phase, way.down_x); }
+  int64_t step() const { return way.up_x * way.from_channels; }
+
+  // Which taps of channel c read anything for row y of a sample.
+  int64_t read(int64_t c, int64_t sample, int64_t y, int64_t phase, Reading *to) const {
+    int64_t n = 0;
+    for (int64_t t = 0; t < s.T; t++) {
+      const int32_t *d = shifts + 2 * (c * s.T + t);
+      const Span row = way.rows(d, y, y + 1), column = row.count ? way.columns(d, 0, way.width) : row;
+      if (!row.count || !column.count || column.first % way.down_x != phase) continue;
+      const int64_t low = column.first / way.down_x;
+      to[n++] = {way.pixel(sample, row.from, column.from) + c - low * step(), low, low + column.count, t};
+    }
+    return n;
+  }
+};
+
+// The tap's part of pixels i … i + M − 1: calls f(m, where it reads). Pixels outside read zeros.
+template <int M, class F>
+WIDERF_INLINE void each_pixel(const Reading &r, int64_t i, const float *image, int64_t step, const float *zeros, const F &f) {
+  if (r.low <= i && i + M <= r.high) {
+    const float *from = image + r.at + i * step;
+    for (int m = 0; m < M; m++) f(m, from + m * step);
+    return;
+  }
+  for (int m = 0; m < M; m++) f(m, r.low <= i + m && i + m < r.high ? image + r.at + (i + m) * step : zeros);
+}
+
+// M pixels of a line, N vectors: the weighted sum of what the taps read. `weights` has s.C of each tap.
+template <int M, int N>
+void line_tile(int64_t i, int64_t second, const Reading *taps, int64_t count, const float *image, int64_t step,
+               const float *zeros, const float *weights, int64_t channels, float *to, int64_t to_step) {
+  const int64_t lane[2] = {0, second};
+  Vec sums[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) sums[m][n] = splat<Vec>(0.0f);
+  for (int64_t k = 0; k < count; k++) {
+    if (taps[k].high <= i || taps[k].low >= i + M) continue;
+    Vec w[N];
+    for (int n = 0; n < N; n++) w[n] = load(weights + taps[k].tap * channels + lane[n]);
+    each_pixel<M>(taps[k], i, image, step, zeros, [&](int m, const float *from) WIDERF_ALWAYS {
+      for (int n = 0; n < N; n++) sums[m][n] += w[n] * load(from + lane[n]);
+    });
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) store(to + m * to_step + lane[n], sums[m][n]);
+}
+
+typedef void (*LineTile)(int64_t, int64_t, const Reading *, int64_t, const float *, int64_t, const float *, const float *,
+                         int64_t, float *, int64_t);
+#define WIDERF_BOTH(F, M) {F<M, 1>, F<M, DW>}
+#define WIDERF_TILES(F) \
+  {WIDERF_BOTH(F, 1), WIDERF_BOTH(F, 2), WIDERF_BOTH(F, 3), WIDERF_BOTH(F, 4), \
+   WIDERF_BOTH(F, 5), WIDERF_BOTH(F, 6), WIDERF_BOTH(F, 7), WIDERF_BOTH(F, 8)}
+const LineTile LINE_TILE[8][DW] = WIDERF_TILES(line_tile);
+
+// Weights (channels, taps) as (taps, channels).
+inline void weights_by_tap(const Shape &s, const float *w, float *to) { transpose<false>(w, s.T, to, s.C, s.C, s.T); }
+
+inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts, const float *from, const float *w, float *to) {
+  const ChannelPieces pieces(s, shifts);
+  const Lines lines(way, s, shifts);
+  Scratch<float> weights(s.C * s.T);
+  if (!pieces.piece.data || !weights.data) return 1;
+  weights_by_tap(s, w, weights.data);
+  const int64_t bands = ceil_div(way.height, ROWS_TOGETHER);
+  bool failed = false;
+  parallel(s.B * bands, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    Scratch<Reading> taps(s.T);
+    const float zeros[DW * VW] = {};
+    if (!taps.data) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    for (int64_t task = begin; task < end; task++)
+      for (int64_t j = 0; j < pieces.count; j++) {
+        const int64_t sample = task / bands, y0 = task % bands * ROWS_TOGETHER, y1 = least(way.height, y0 + ROWS_TOGETHER);
+        const Channels &piece = pieces.piece.data[j];
+        for (int64_t y = y0; y < y1; y++)
+          for (int64_t phase = 0; phase < lines.phases; phase++) {
+            const int64_t count = lines.read(piece.start, sample, y, phase, taps.data), pixels = lines.pixels(phase);
+            const int64_t tiles = ceil_div(pixels, DM), step = way.down_x * s.C;
+            float *line = to + ((sample * way.height + y) * way.width + phase) * s.C + piece.start;
+            for (int64_t k = 0; k < tiles; k++) {
+              const int64_t i = pixels * k / tiles, m = pixels * (k + 1) / tiles - i;
+              LINE_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, from, lines.step(), zeros,
+                                                  weights.data + piece.start, s.C, line + i * step, step);
+            }
+          }
+      }
+  });
+  return failed;
+}
+
+// Adds to the sums of each tap what M pixels of a line give, N vectors; g is the gradient of the first.
+template <int M, int N>
+void products_tile(int64_t i, int64_t second, const Reading *taps, int64_t count, const float *image, int64_t step,
+                   const float *zeros, const float *g, int64_t g_step, float *sums) {
+  const int64_t lane[2] = {0, second};
+  Vec up[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) up[m][n] = load(g + m * g_step + lane[n]);
+  for (int64_t k = 0; k < count; k++) {
+    if (taps[k].high <= i || taps[k].low >= i + M) continue;
+    Vec part[2][N];  // two, so that each waits less for the one before
+    for (int n = 0; n < N; n++) part[0][n] = load(sums + (taps[k].tap * DW + n) * VW), part[1][n] = splat<Vec>(0.0f);
+    each_pixel<M>(taps[k], i, image, step, zeros, [&](int m, const float *from) WIDERF_ALWAYS {
+      for (int n = 0; n < N; n++) part[m % 2][n] += up[m][n] * load(from + lane[n]);
+    });
+    for (int n = 0; n < N; n++) store(sums + (taps[k].tap * DW + n) * VW, part[0][n] + part[1][n]);
+  }
+}
+
+typedef void (*ProductsTile)(int64_t, int64_t, const Reading *, int64_t, const float *, int64_t, const float *,
+                             const float *, int64_t, float *);
+const ProductsTile PRODUCTS_TILE[8][DW] = WIDERF_TILES(products_tile);
+#undef WIDERF_TILES
+#undef WIDERF_BOTH
+
+// Writes the sums of a piece, of the channels that are its own.
+inline void write_sums(const Shape &s, const Channels &piece, const float *sums, float *gw) {
+  for (int64_t t = 0; t < s.T; t++)
+    for (int64_t c = piece.own; c < piece.end; c++) {
+      const int64_t lane = c - piece.start;
+      gw[c * s.T + t] = sums[t * DW * VW + (lane < VW ? lane : VW + lane - piece.second)];
+    }
+}
+
+inline int depthwise_runs_weight(const Shape &s, const int32_t *shifts, const float *x, const float *g, float *gw) {
+  const ChannelPieces pieces(s, shifts);
+  const Way way = onward(s);
+  const Lines lines(way, s, shifts);
+  if (!pieces.piece.data) return 1;
+  bool failed = false;
+  parallel(pieces.count, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t each = s.T * DW * VW, bands = ceil_div(s.U, ROWS_TOGETHER);
+    Scratch<Reading> taps(s.T);
+    Scratch<float> sums((end - begin) * each);
+    const float zeros[DW * VW] = {};
+    if (!taps.data || !sums.data) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    memset(sums.data, 0, (size_t)((end - begin) * each) * sizeof(float));
+    for (int64_t task = 0; task < s.B * bands; task++)
+      for (int64_t j = begin; j < end; j++) {
+        const int64_t sample = task / bands, y0 = task % bands * ROWS_TOGETHER, y1 = least(s.U, y0 + ROWS_TOGETHER);
+        const Channels &piece = pieces.piece.data[j];
+        for (int64_t y = y0; y < y1; y++) {
+          const int64_t count = lines.read(piece.start, sample, y, 0, taps.data), tiles = ceil_div(s.V, DM);
+          const float *line = g + (sample * s.U + y) * s.V * s.C + piece.start;
+          for (int64_t k = 0; k < tiles; k++) {
+            const int64_t i = s.V * k / tiles, m = s.V * (k + 1) / tiles - i;
+            PRODUCTS_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, x, lines.step(), zeros,
+                                                    line + i * s.C, s.C, sums.data + (j - begin) * each);
+          }
+        }
+      }
+    for (int64_t j = begin; j < end; j++) write_sums(s, pieces.piece.data[j], sums.data + (j - begin) * each, gw);
+  });
+  return failed;
+}
+
+}  // namespace
