@@ -35,26 +35,46 @@ struct ChannelPieces {
   }
 };
 
-// The lines of results of a way: one each row, and as many more as pixels are skipped between them.
+// The lines of results of a way: one each row, and as many more as pixels are skipped between them. What the taps of
+// each run read is worked out once: a line takes no longer than finding it for each.
 struct Lines {
+  struct Tap {
+    Span rows;
+    int64_t phase, count;  // `count` of the run's first: how many of its taps read anything
+    Reading reading;       // for the first row
+  };
   const Way &way;
-  const Shape &s;
-  const int32_t *shifts;
-  int64_t phases;
+  const int64_t taps, phases;
+  Scratch<Tap> tap;
+
   Lines(const Way &way, const Shape &s, const int32_t *shifts)
-      : way(way), s(s), shifts(shifts), phases(least(way.down_x, way.width)) {}
+      : way(way), taps(s.T), phases(least(way.down_x, way.width)), tap(s.C / LEAST_RUN * s.T) {
+    if (!tap.data) return;
+    for (int64_t c = 0, run = 0; c < s.C; c = run_end(s, shifts, c), run++) {
+      Tap *of = tap.data + run * s.T;
+      int64_t n = 0;
+      for (int64_t t = 0; t < s.T; t++) {
+        const int32_t *d = shifts + 2 * (c * s.T + t);
+        const Span rows = way.rows(d, 0, way.height), columns = way.columns(d, 0, way.width);
+        if (!rows.count || !columns.count) continue;
+        const int64_t low = columns.first / way.down_x, at = way.pixel(0, rows.from, columns.from) - low * step();
+        of[n++] = {rows, columns.first % way.down_x, 0, {at, low, low + columns.count, t}};
+      }
+      of[0].count = n;
+    }
+  }
   int64_t pixels(int64_t phase) const { return ceil_div(way.width - phase, way.down_x); }
   int64_t step() const { return way.up_x * way.from_channels; }
 
-  // Which taps of channel c read anything for row y of a sample.
-  int64_t read(int64_t c, int64_t sample, int64_t y, int64_t phase, Reading *to) const {
+  // What the taps of a run read for row y of a sample; returns how many read anything.
+  int64_t read(int64_t run, int64_t sample, int64_t y, int64_t phase, Reading *to) const {
+    const Tap *of = tap.data + run * taps;
     int64_t n = 0;
-    for (int64_t t = 0; t < s.T; t++) {
-      const int32_t *d = shifts + 2 * (c * s.T + t);
-      const Span row = way.rows(d, y, y + 1), column = row.count ? way.columns(d, 0, way.width) : row;
-      if (!row.count || !column.count || column.first % way.down_x != phase) continue;
-      const int64_t low = column.first / way.down_x;
-      to[n++] = {way.pixel(sample, row.from, column.from) + c - low * step(), low, low + column.count, t};
+    for (int64_t i = 0, count = of[0].count; i < count; i++) {
+      const int64_t k = floor_div(y - of[i].rows.first, way.down_y);
+      if (k < 0 || k >= of[i].rows.count || of[i].rows.first + k * way.down_y != y || of[i].phase != phase) continue;
+      to[n] = of[i].reading;
+      to[n++].at += way.pixel(sample, k * way.up_y, 0);
     }
     return n;
   }
@@ -106,7 +126,7 @@ inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts,
   const ChannelPieces pieces(s, shifts);
   const Lines lines(way, s, shifts);
   Scratch<float> weights(s.C * s.T);
-  if (!pieces.piece.data || !weights.data) return 1;
+  if (!pieces.piece.data || !lines.tap.data || !weights.data) return 1;
   weights_by_tap(s, w, weights.data);
   const int64_t bands = ceil_div(way.height, ROWS_TOGETHER);
   bool failed = false;
@@ -120,12 +140,12 @@ inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts,
         const Channels &piece = pieces.piece.data[j];
         for (int64_t y = y0; y < y1; y++)
           for (int64_t phase = 0; phase < lines.phases; phase++) {
-            const int64_t count = lines.read(piece.start, sample, y, phase, taps.data), pixels = lines.pixels(phase);
+            const int64_t count = lines.read(piece.run, sample, y, phase, taps.data), pixels = lines.pixels(phase);
             const int64_t tiles = ceil_div(pixels, DM), step = way.down_x * s.C;
             float *line = to + ((sample * way.height + y) * way.width + phase) * s.C + piece.start;
             for (int64_t k = 0; k < tiles; k++) {
               const int64_t i = pixels * k / tiles, m = pixels * (k + 1) / tiles - i;
-              LINE_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, from, lines.step(), zeros,
+              LINE_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, from + piece.start, lines.step(), zeros,
                                                   weights.data + piece.start, s.C, line + i * step, step);
             }
           }
@@ -172,7 +192,7 @@ inline int depthwise_runs_weight(const Shape &s, const int32_t *shifts, const fl
   const ChannelPieces pieces(s, shifts);
   const Way way = onward(s);
   const Lines lines(way, s, shifts);
-  if (!pieces.piece.data) return 1;
+  if (!pieces.piece.data || !lines.tap.data) return 1;
   bool failed = false;
   parallel(pieces.count, s.threads, [&](int64_t, int64_t begin, int64_t end) {
     const int64_t each = s.T * DW * VW, bands = ceil_div(s.U, ROWS_TOGETHER);
@@ -186,11 +206,11 @@ inline int depthwise_runs_weight(const Shape &s, const int32_t *shifts, const fl
         const int64_t sample = task / bands, y0 = task % bands * ROWS_TOGETHER, y1 = least(s.U, y0 + ROWS_TOGETHER);
         const Channels &piece = pieces.piece.data[j];
         for (int64_t y = y0; y < y1; y++) {
-          const int64_t count = lines.read(piece.start, sample, y, 0, taps.data), tiles = ceil_div(s.V, DM);
+          const int64_t count = lines.read(piece.run, sample, y, 0, taps.data), tiles = ceil_div(s.V, DM);
           const float *line = g + (sample * s.U + y) * s.V * s.C + piece.start;
           for (int64_t k = 0; k < tiles; k++) {
             const int64_t i = s.V * k / tiles, m = s.V * (k + 1) / tiles - i;
-            PRODUCTS_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, x, lines.step(), zeros,
+            PRODUCTS_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, x + piece.start, lines.step(), zeros,
                                                     line + i * s.C, s.C, sums.data + (j - begin) * each);
           }
         }
