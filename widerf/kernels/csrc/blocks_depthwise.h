@@ -6,7 +6,7 @@ namespace {
 
 constexpr int DW = 2;                                      // vectors of channels side by side
 constexpr int DM = WIDERF_VECTOR_BYTES == 64 ? 8 : 4;  // pixels of a register tile
-constexpr int64_t ROWS_TOGETHER = 8;                              // rows of results between two pieces of the channels
+constexpr int64_t ROWS_TOGETHER = 2;                              // rows of results between two pieces of the channels
 
 // What a tap reads for the pixels 0, 1, … of a line of results: of those in [low, high), at + pixel · step.
 struct Reading {
@@ -94,7 +94,7 @@ WIDERF_INLINE void each_pixel(const Reading &r, int64_t i, const float *image, i
 // M pixels of a line, N vectors: the weighted sum of what the taps read. `weights` has s.C of each tap.
 template <int M, int N>
 void line_tile(int64_t i, int64_t second, const Reading *taps, int64_t count, const float *image, int64_t step,
-               const float *zeros, const float *weights, int64_t channels, float *to, int64_t to_step) {
+               const float *zeros, const float *weights, int64_t channels, float *to, int64_t to_step, bool past) {
   const int64_t lane[2] = {0, second};
   Vec sums[M][N];
   for (int m = 0; m < M; m++)
@@ -108,11 +108,11 @@ void line_tile(int64_t i, int64_t second, const Reading *taps, int64_t count, co
     });
   }
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) store(to + m * to_step + lane[n], sums[m][n]);
+    for (int n = 0; n < N; n++) past ? store_past(to + m * to_step + lane[n], sums[m][n]) : store(to + m * to_step + lane[n], sums[m][n]);
 }
 
 typedef void (*LineTile)(int64_t, int64_t, const Reading *, int64_t, const float *, int64_t, const float *, const float *,
-                         int64_t, float *, int64_t);
+                         int64_t, float *, int64_t, bool);
 #define WIDERF_BOTH(F, M) {F<M, 1>, F<M, DW>}
 #define WIDERF_TILES(F) \
   {WIDERF_BOTH(F, 1), WIDERF_BOTH(F, 2), WIDERF_BOTH(F, 3), WIDERF_BOTH(F, 4), \
@@ -129,6 +129,7 @@ inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts,
   if (!pieces.piece.data || !lines.tap.data || !weights.data) return 1;
   weights_by_tap(s, w, weights.data);
   const int64_t bands = ceil_div(way.height, ROWS_TOGETHER);
+  const bool large = s.B * way.height * way.width * s.C >= STREAM_FLOATS && s.C % VW == 0 && (uintptr_t)to % sizeof(Vec) == 0;
   bool failed = false;
   parallel(s.B * bands, s.threads, [&](int64_t, int64_t begin, int64_t end) {
     Scratch<Reading> taps(s.T);
@@ -138,6 +139,7 @@ inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts,
       for (int64_t j = 0; j < pieces.count; j++) {
         const int64_t sample = task / bands, y0 = task % bands * ROWS_TOGETHER, y1 = least(way.height, y0 + ROWS_TOGETHER);
         const Channels &piece = pieces.piece.data[j];
+        const bool past = large && piece.start % VW == 0 && piece.second % VW == 0;
         for (int64_t y = y0; y < y1; y++)
           for (int64_t phase = 0; phase < lines.phases; phase++) {
             const int64_t count = lines.read(piece.run, sample, y, phase, taps.data), pixels = lines.pixels(phase);
@@ -146,10 +148,11 @@ inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts,
             for (int64_t k = 0; k < tiles; k++) {
               const int64_t i = pixels * k / tiles, m = pixels * (k + 1) / tiles - i;
               LINE_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, from + piece.start, lines.step(), zeros,
-                                                  weights.data + piece.start, s.C, line + i * step, step);
+                                                  weights.data + piece.start, s.C, line + i * step, step, past);
             }
           }
       }
+    stream_end();
   });
   return failed;
 }

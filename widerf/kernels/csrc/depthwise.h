@@ -139,9 +139,6 @@ inline void conv_plane(const float *x, int64_t pitch, int64_t height, int64_t wi
   }
 }
 
-// A result larger than this leaves the last cache before anybody reads it: it need not enter it.
-constexpr int64_t STREAM_FLOATS = 1 << 20;
-
 // Reads and writes planes of either layout, a few channels at a time.
 struct Planes {
   int64_t channels, height, width;

@@ -2,7 +2,9 @@
 #pragma once
 #include "parallel.h"
 
-#ifdef __SSE__
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__SSE__)
 #include <xmmintrin.h>
 #endif
 #if defined(__has_builtin)
@@ -14,6 +16,8 @@
 namespace {
 
 constexpr int64_t LINE = 16;  // floats in a cache line
+// A result larger than this leaves the last cache before anybody reads it: it need not enter it.
+constexpr int64_t STREAM_FLOATS = 1 << 20;
 
 typedef float Four __attribute__((vector_size(16)));
 typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
@@ -69,6 +73,19 @@ void transpose(const float *from, int64_t from_step, float *to, int64_t to_step,
     }
   for (int64_t c = 0; c < columns; c++)
     for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; r++) to[c * to_step + r] = from[r * from_step + c];
+}
+
+// Writes a vector past the caches, where the processor can; `to` is aligned.
+WIDERF_INLINE void store_past(float *to, Vec v) {
+#if defined(__AVX512F__) && WIDERF_VECTOR_BYTES == 64
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX__) && WIDERF_VECTOR_BYTES == 32
+  _mm256_stream_ps(to, (__m256)v);
+#elif defined(__SSE__) && WIDERF_VECTOR_BYTES == 16
+  _mm_stream_ps(to, (__m128)v);
+#else
+  store(to, v);
+#endif
 }
 
 // What was written past the caches is there for other threads.
