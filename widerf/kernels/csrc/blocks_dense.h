@@ -16,19 +16,26 @@ template <int M, int N>
 void pixels_tile(int64_t depth, const float *const *from, int64_t channel, const float *weights, float *const *to, int64_t at) {
   Vec sums[M][N];
   const float *x[M];
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++) {
     x[m] = from[m] + channel;
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) sums[m][n] = splat<Vec>(0.0f);
   }
   for (int64_t c = 0; c < depth; c++, weights += N * VW) {
     Vec w[N];
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) w[n] = load(weights + n * VW);
+    WIDERF_UNROLL
     for (int m = 0; m < M; m++) {
       const Vec factor = splat<Vec>(x[m][c]);
+      WIDERF_UNROLL
       for (int n = 0; n < N; n++) sums[m][n] += factor * w[n];
     }
   }
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++)
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) store(to[m] + at + n * VW, load(to[m] + at + n * VW) + sums[m][n]);
 }
 

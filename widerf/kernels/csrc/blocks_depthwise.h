@@ -85,9 +85,11 @@ template <int M, class F>
 WIDERF_INLINE void each_pixel(const Reading &r, int64_t i, const float *image, int64_t step, const float *zeros, const F &f) {
   if (r.low <= i && i + M <= r.high) {
     const float *from = image + r.at + i * step;
+    WIDERF_UNROLL
     for (int m = 0; m < M; m++) f(m, from + m * step);
     return;
   }
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++) f(m, r.low <= i + m && i + m < r.high ? image + r.at + (i + m) * step : zeros);
 }
 
@@ -97,17 +99,23 @@ void line_tile(int64_t i, int64_t second, const Reading *taps, int64_t count, co
                const float *zeros, const float *weights, int64_t channels, float *to, int64_t to_step, bool past) {
   const int64_t lane[2] = {0, second};
   Vec sums[M][N];
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++)
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) sums[m][n] = splat<Vec>(0.0f);
   for (int64_t k = 0; k < count; k++) {
     if (taps[k].high <= i || taps[k].low >= i + M) continue;
     Vec w[N];
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) w[n] = load(weights + taps[k].tap * channels + lane[n]);
     each_pixel<M>(taps[k], i, image, step, zeros, [&](int m, const float *from) WIDERF_ALWAYS {
+      WIDERF_UNROLL
       for (int n = 0; n < N; n++) sums[m][n] += w[n] * load(from + lane[n]);
     });
   }
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++)
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) past ? store_past(to + m * to_step + lane[n], sums[m][n]) : store(to + m * to_step + lane[n], sums[m][n]);
 }
 
@@ -163,15 +171,20 @@ void products_tile(int64_t i, int64_t second, const Reading *taps, int64_t count
                    const float *zeros, const float *g, int64_t g_step, float *sums) {
   const int64_t lane[2] = {0, second};
   Vec up[M][N];
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++)
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) up[m][n] = load(g + m * g_step + lane[n]);
   for (int64_t k = 0; k < count; k++) {
     if (taps[k].high <= i || taps[k].low >= i + M) continue;
     Vec part[2][N];  // two, so that each waits less for the one before
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) part[0][n] = load(sums + (taps[k].tap * DW + n) * VW), part[1][n] = splat<Vec>(0.0f);
     each_pixel<M>(taps[k], i, image, step, zeros, [&](int m, const float *from) WIDERF_ALWAYS {
+      WIDERF_UNROLL
       for (int n = 0; n < N; n++) part[m % 2][n] += up[m][n] * load(from + lane[n]);
     });
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) store(sums + (taps[k].tap * DW + n) * VW, part[0][n] + part[1][n]);
   }
 }

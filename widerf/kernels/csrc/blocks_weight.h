@@ -10,18 +10,25 @@ constexpr int64_t SUMMED = 96;  // pixels summed at a time: what they read stays
 template <int M, int N>
 void pairs_tile(int64_t count, const float *const *from, int64_t channel, const float *const *to, float *sums) {
   Vec part[M][N];
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++)
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) part[m][n] = splat<Vec>(0.0f);
   for (int64_t i = 0; i < count; i++) {
     const float *x = from[i] + channel, *g = to[i];
     Vec lane[N];
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) lane[n] = load(g + n * VW);
+    WIDERF_UNROLL
     for (int m = 0; m < M; m++) {
       const Vec factor = splat<Vec>(x[m]);
+      WIDERF_UNROLL
       for (int n = 0; n < N; n++) part[m][n] += factor * lane[n];
     }
   }
+  WIDERF_UNROLL
   for (int m = 0; m < M; m++)
+    WIDERF_UNROLL
     for (int n = 0; n < N; n++) {
       float *at = sums + (m * N + n) * VW;
       store(at, load(at) + part[m][n]);

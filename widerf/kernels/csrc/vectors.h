@@ -10,6 +10,13 @@
 #define WIDERF_ALWAYS __attribute__((always_inline))
 #define WIDERF_INLINE inline WIDERF_ALWAYS
 
+// Before a loop over registers: GCC keeps an array in memory if a loop over it is unrolled late.
+#if defined(__clang__)
+#define WIDERF_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define WIDERF_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace {
 
 constexpr int VW = WIDERF_VECTOR_BYTES / 4;  // floats in a vector
