@@ -11,7 +11,7 @@ constexpr int64_t PIECE = 64;        // channels summed at a time: their weights
 constexpr int64_t CHUNK = 192;       // pixels that share these weights
 constexpr int64_t OUTPUTS = 4 * 64;  // of a chunk whose sums stay in the second cache
 
-// Results at[0] … at[M − 1] += sum over c of from[m][c] · weights[c], N vectors each.
+// to[m][at …] += sum over c of from[m][channel + c] · weights[c], N vectors each.
 template <int M, int N>
 void pixels_tile(int64_t depth, const float *const *from, int64_t channel, const float *weights, float *const *to, int64_t at) {
   Vec sums[M][N];
@@ -154,7 +154,8 @@ inline int forward_runs(const Shape &s, const int32_t *shifts, const float *x, c
   Scratch<int64_t> starts(pieces + 1);
   if (!runs.start.data || !weights.data || !starts.data || !all_panels<false>(s, runs, w, weights.data)) return 1;
   for (int64_t i = 0; i <= pieces; i++) starts.data[i] = least(s.O, i * OUTPUTS);
-  return by_chunks(s, way, s.O, starts.data, pieces, y, [&](int64_t i, int64_t begin, int64_t end, Pairs &pairs, float *sums, int64_t step) {
+  return by_chunks(s, way, s.O, starts.data, pieces, y, [&](int64_t i, int64_t begin, int64_t end, Pairs &pairs, float *sums,
+                                                               int64_t step) {
     for (int64_t r = 0; r < runs.count; r++) {
       const int64_t c = runs.start.data[r], width = runs.width(r);
       for (int64_t t = 0; t < s.T; t++) {
@@ -190,7 +191,8 @@ inline int grad_input_runs(const Shape &s, const int32_t *shifts, const float *g
   parallel(runs.count, s.threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) turned_panels(s, runs, i, w, weights.data + at.data[i]);
   });
-  return by_chunks(s, way, s.C, runs.start.data, runs.count, gx, [&](int64_t i, int64_t begin, int64_t end, Pairs &pairs, float *sums, int64_t step) {
+  return by_chunks(s, way, s.C, runs.start.data, runs.count, gx, [&](int64_t i, int64_t begin, int64_t end, Pairs &pairs,
+                                                                         float *sums, int64_t step) {
     const int64_t width = runs.width(i);
     for (int64_t t = 0; t < s.T; t++) {
       pairs.fill(way, shifts + 2 * (runs.start.data[i] * s.T + t), g, begin, end, sums, step);

@@ -5,8 +5,8 @@
 namespace {
 
 constexpr int DW = 2;                                      // vectors of channels side by side
-constexpr int DM = WIDERF_VECTOR_BYTES == 64 ? 8 : 4;  // pixels of a register tile
-constexpr int64_t ROWS_TOGETHER = 2;                              // rows of results between two pieces of the channels
+constexpr int DM = WIDERF_VECTOR_BYTES == 64 ? 8 : 4;      // pixels of a register tile
+constexpr int64_t ROWS_TOGETHER = 2;                       // rows of results between two pieces of the channels
 
 // What a tap reads for the pixels 0, 1, … of a line of results: of those in [low, high), at + pixel · step.
 struct Reading {
@@ -43,7 +43,7 @@ struct Lines {
     int64_t phase, count;  // `count` of the run's first: how many of its taps read anything
     Reading reading;       // for the first row
   };
-  const Way &way;
+  const Way way;
   const int64_t taps, phases;
   Scratch<Tap> tap;
 
@@ -63,7 +63,7 @@ struct Lines {
       of[0].count = n;
     }
   }
-  int64_t pixels(int64_t phase) const { return ceil_div(way.width - phase, way.down_x); }
+  int64_t bands() const { return ceil_div(way.height, ROWS_TOGETHER); }
   int64_t step() const { return way.up_x * way.from_channels; }
 
   // What the taps of a run read for row y of a sample; returns how many read anything.
@@ -77,6 +77,22 @@ struct Lines {
       to[n++].at += way.pixel(sample, k * way.up_y, 0);
     }
     return n;
+  }
+
+  // Calls f(result pixel, i, m, count) for the tiles of a piece in a band of rows, counted through all samples: m pixels of
+  // a line from the i-th on, which `count` taps in `to` read.
+  template <class F>
+  void tiles(const Channels &piece, int64_t band, Reading *to, const F &f) const {
+    const int64_t sample = band / bands(), y0 = band % bands() * ROWS_TOGETHER;
+    for (int64_t y = y0; y < least(way.height, y0 + ROWS_TOGETHER); y++)
+      for (int64_t phase = 0; phase < phases; phase++) {
+        const int64_t count = read(piece.run, sample, y, phase, to);
+        const int64_t pixels = ceil_div(way.width - phase, way.down_x), tiles = ceil_div(pixels, DM);
+        for (int64_t k = 0; k < tiles; k++) {
+          const int64_t i = pixels * k / tiles, m = pixels * (k + 1) / tiles - i;
+          f((sample * way.height + y) * way.width + phase + i * way.down_x, i, m, count);
+        }
+      }
   }
 };
 
@@ -116,7 +132,10 @@ void line_tile(int64_t i, int64_t second, const Reading *taps, int64_t count, co
   WIDERF_UNROLL
   for (int m = 0; m < M; m++)
     WIDERF_UNROLL
-    for (int n = 0; n < N; n++) past ? store_past(to + m * to_step + lane[n], sums[m][n]) : store(to + m * to_step + lane[n], sums[m][n]);
+    for (int n = 0; n < N; n++) {
+      float *at = to + m * to_step + lane[n];
+      past ? store_past(at, sums[m][n]) : store(at, sums[m][n]);
+    }
 }
 
 typedef void (*LineTile)(int64_t, int64_t, const Reading *, int64_t, const float *, int64_t, const float *, const float *,
@@ -127,38 +146,29 @@ typedef void (*LineTile)(int64_t, int64_t, const Reading *, int64_t, const float
    WIDERF_BOTH(F, 5), WIDERF_BOTH(F, 6), WIDERF_BOTH(F, 7), WIDERF_BOTH(F, 8)}
 const LineTile LINE_TILE[8][DW] = WIDERF_TILES(line_tile);
 
-// Weights (channels, taps) as (taps, channels).
-inline void weights_by_tap(const Shape &s, const float *w, float *to) { transpose<false>(w, s.T, to, s.C, s.C, s.T); }
-
+// Results of either way: y of x, or the input's gradient of the output's.
 inline int depthwise_runs(const Shape &s, const Way &way, const int32_t *shifts, const float *from, const float *w, float *to) {
   const ChannelPieces pieces(s, shifts);
   const Lines lines(way, s, shifts);
   Scratch<float> weights(s.C * s.T);
   if (!pieces.piece.data || !lines.tap.data || !weights.data) return 1;
-  weights_by_tap(s, w, weights.data);
-  const int64_t bands = ceil_div(way.height, ROWS_TOGETHER);
-  const bool large = s.B * way.height * way.width * s.C >= STREAM_FLOATS && s.C % VW == 0 && (uintptr_t)to % sizeof(Vec) == 0;
+  transpose<false>(w, s.T, weights.data, s.C, s.C, s.T);
+  const bool aligned = s.C % VW == 0 && (uintptr_t)to % sizeof(Vec) == 0;
+  const bool large = s.B * way.height * way.width * s.C >= STREAM_FLOATS;
   bool failed = false;
-  parallel(s.B * bands, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+  parallel(s.B * lines.bands(), s.threads, [&](int64_t, int64_t begin, int64_t end) {
     Scratch<Reading> taps(s.T);
     const float zeros[DW * VW] = {};
     if (!taps.data) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-    for (int64_t task = begin; task < end; task++)
+    for (int64_t band = begin; band < end; band++)
       for (int64_t j = 0; j < pieces.count; j++) {
-        const int64_t sample = task / bands, y0 = task % bands * ROWS_TOGETHER, y1 = least(way.height, y0 + ROWS_TOGETHER);
         const Channels &piece = pieces.piece.data[j];
-        const bool past = large && piece.start % VW == 0 && piece.second % VW == 0;
-        for (int64_t y = y0; y < y1; y++)
-          for (int64_t phase = 0; phase < lines.phases; phase++) {
-            const int64_t count = lines.read(piece.run, sample, y, phase, taps.data), pixels = lines.pixels(phase);
-            const int64_t tiles = ceil_div(pixels, DM), step = way.down_x * s.C;
-            float *line = to + ((sample * way.height + y) * way.width + phase) * s.C + piece.start;
-            for (int64_t k = 0; k < tiles; k++) {
-              const int64_t i = pixels * k / tiles, m = pixels * (k + 1) / tiles - i;
-              LINE_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, from + piece.start, lines.step(), zeros,
-                                                  weights.data + piece.start, s.C, line + i * step, step, past);
-            }
-          }
+        const bool past = large && aligned && piece.start % VW == 0 && piece.second % VW == 0;
+        lines.tiles(piece, band, taps.data, [&](int64_t pixel, int64_t i, int64_t m, int64_t count) {
+          LINE_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, from + piece.start, lines.step(), zeros,
+                                              weights.data + piece.start, s.C, to + pixel * s.C + piece.start,
+                                              way.down_x * s.C, past);
+        });
       }
     stream_end();
   });
@@ -206,30 +216,24 @@ inline void write_sums(const Shape &s, const Channels &piece, const float *sums,
 
 inline int depthwise_runs_weight(const Shape &s, const int32_t *shifts, const float *x, const float *g, float *gw) {
   const ChannelPieces pieces(s, shifts);
-  const Way way = onward(s);
-  const Lines lines(way, s, shifts);
+  const Lines lines(onward(s), s, shifts);
   if (!pieces.piece.data || !lines.tap.data) return 1;
   bool failed = false;
+  // Each piece is one thread's, pixels in their order: how many threads there are does not change a bit.
   parallel(pieces.count, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-    const int64_t each = s.T * DW * VW, bands = ceil_div(s.U, ROWS_TOGETHER);
+    const int64_t each = s.T * DW * VW;
     Scratch<Reading> taps(s.T);
     Scratch<float> sums((end - begin) * each);
     const float zeros[DW * VW] = {};
     if (!taps.data || !sums.data) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
     memset(sums.data, 0, (size_t)((end - begin) * each) * sizeof(float));
-    for (int64_t task = 0; task < s.B * bands; task++)
+    for (int64_t band = 0; band < s.B * lines.bands(); band++)
       for (int64_t j = begin; j < end; j++) {
-        const int64_t sample = task / bands, y0 = task % bands * ROWS_TOGETHER, y1 = least(s.U, y0 + ROWS_TOGETHER);
         const Channels &piece = pieces.piece.data[j];
-        for (int64_t y = y0; y < y1; y++) {
-          const int64_t count = lines.read(piece.run, sample, y, 0, taps.data), tiles = ceil_div(s.V, DM);
-          const float *line = g + (sample * s.U + y) * s.V * s.C + piece.start;
-          for (int64_t k = 0; k < tiles; k++) {
-            const int64_t i = s.V * k / tiles, m = s.V * (k + 1) / tiles - i;
-            PRODUCTS_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, x + piece.start, lines.step(), zeros,
-                                                    line + i * s.C, s.C, sums.data + (j - begin) * each);
-          }
-        }
+        lines.tiles(piece, band, taps.data, [&](int64_t pixel, int64_t i, int64_t m, int64_t count) {
+          PRODUCTS_TILE[m - 1][piece.vectors - 1](i, piece.second, taps.data, count, x + piece.start, lines.step(), zeros,
+                                                  g + pixel * s.C + piece.start, s.C, sums.data + (j - begin) * each);
+        });
       }
     for (int64_t j = begin; j < end; j++) write_sums(s, pieces.piece.data[j], sums.data + (j - begin) * each, gw);
   });

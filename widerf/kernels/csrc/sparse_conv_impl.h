@@ -38,7 +38,8 @@ int grad_weight_planes(const widerf_problem *p, const int32_t *shifts, const flo
 int64_t input_floats(const widerf_problem *p) { return p->in_channels * p->height * p->width; }
 int64_t output_floats(const widerf_problem *p) { return p->out_channels * p->out_height * p->out_width; }
 
-// channels_last: a few samples at a time become planes, and the result is transposed back. Calls f(part, first sample,
+// channels_last where channels do not share their taps by runs: a few samples at a time become planes, and the result is
+// transposed back. Calls f(part, first sample,
 // planes of x, planes of y).
 template <class F>
 int by_slabs(const widerf_problem *p, const float *x, const float *y, const F &f) {
