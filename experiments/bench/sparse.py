@@ -108,8 +108,9 @@ def layers(channels: int, extents: Iterable[int], pure: bool = True) -> list[Arm
 
 
 def depthwise(channels: int, k: int) -> list[Arm]:
-    """Return depthwise layers of k² taps, each channel its own in the sparse one."""
-    return [Arm(BASE, dense(channels, k, groups=channels)), Arm("own", sparse(channels, 15, "own", k, channels), 15)]
+    """Return depthwise layers of k² taps: the dense one, the default pattern, and a pattern for each channel."""
+    arms = [Arm(name, sparse(channels, 15, name, k, channels), 15) for name in ("mixed", "own")]
+    return [Arm(BASE, dense(channels, k, groups=channels)), *arms]
 
 
 def rivals(channels: int, side: int, batch: int, extent: int = 15) -> list[Arm]:

@@ -62,10 +62,13 @@ static bool close(const char *name, int64_t seed, const double *exact, const flo
 static bool check(int64_t seed) {
   state = (uint64_t)seed;
   Layer l;
-  const int64_t groups = draw(3) ? 1 : 1 + draw(17), per_in = groups > 6 ? 1 : 1 + draw(9);
-  const int64_t per_out = groups > 6 && draw(3) ? 1 : 1 + draw(40), reach = 1 + draw(20);
+  const bool runs = draw(3) == 0, depthwise = runs && draw(2);  // of channels that share their taps
+  const int64_t wide = runs ? (16 + draw(26)) * (1 + draw(2)) : 1;
+  const int64_t groups = depthwise ? wide : runs || draw(3) ? 1 : 1 + draw(17);
+  const int64_t per_in = depthwise ? 1 : runs ? wide : groups > 6 ? 1 : 1 + draw(9);
+  const int64_t per_out = depthwise || (groups > 6 && draw(3)) ? 1 : 1 + draw(40), reach = 1 + draw(20);
   l.p = {draw(4), groups * per_in, groups * per_out, groups, 1 + draw(30), 1 + draw(40), 0, 0, 1 + draw(12),
-         1 + draw(3) / 2 + draw(2), 1 + draw(2), draw(3) == 0, 1 + draw(3)};
+         1 + draw(3) / 2 + draw(2), 1 + draw(2), runs || draw(3) == 0, 1 + draw(3)};
   const bool same = draw(2);
   if (same) l.p.stride_y = l.p.stride_x = 1;
   l.p.out_height = same ? l.p.height : 1 + draw(20);
@@ -74,6 +77,9 @@ static bool check(int64_t seed) {
   const int64_t out = l.p.batch * l.p.out_channels * l.p.out_height * l.p.out_width, rows = l.p.in_channels * l.p.taps;
   l.shifts = (int32_t *)malloc((size_t)rows * 8);
   for (int64_t i = 0; i < 2 * rows; i++) l.shifts[i] = (int32_t)(draw(50) ? draw(2 * reach + 1) - reach : draw(1 << 30) - (1 << 29));
+  const int64_t same_taps = wide % 2 == 0 && wide >= 32 ? wide / 2 : wide;  // one run or two
+  for (int64_t c = 0; runs && c < wide; c++)
+    memcpy(l.shifts + 2 * c * l.p.taps, l.shifts + 2 * (c / same_taps * same_taps) * l.p.taps, (size_t)l.p.taps * 8);
   l.x = numbers(in, true), l.w = numbers(weights, true), l.g = numbers(out, true);
   l.y = (double *)calloc((size_t)out, 8), l.gx = (double *)calloc((size_t)in, 8), l.gw = (double *)calloc((size_t)weights, 8);
   l.twin();
