@@ -39,8 +39,7 @@ int64_t input_floats(const widerf_problem *p) { return p->in_channels * p->heigh
 int64_t output_floats(const widerf_problem *p) { return p->out_channels * p->out_height * p->out_width; }
 
 // channels_last where channels do not share their taps by runs: a few samples at a time become planes, and the result is
-// transposed back. Calls f(part, first sample,
-// planes of x, planes of y).
+// transposed back. Calls f(part, first sample, planes of x, planes of y).
 template <class F>
 int by_slabs(const widerf_problem *p, const float *x, const float *y, const F &f) {
   const int64_t each = most(input_floats(p), output_floats(p)), threads = most(1, p->threads);
