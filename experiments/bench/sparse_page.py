@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.harness import markdown
 from widerf import kernels
 
 BASE = "dense k×k"
@@ -146,10 +147,6 @@ def _verdicts(lines: Sequence[Line]) -> list[tuple[str, float, str, float]]:
     return [*found, ("training step of resnet50, extent 15, two threads", network, "≤", 1.15)]
 
 
-def _table(titles: Sequence[str], cells: Iterable[Sequence[object]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (titles, ["---"] * len(titles), *cells)]
-
-
 def _shown(spread: tuple[float, float, float]) -> str:
     return "{:.2f} ({:.2f}–{:.2f})".format(*spread)
 
@@ -169,7 +166,7 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "## What was asked for",
         "",
-        *_table(
+        *markdown.table(
             ("figure", "measured", "limit", "holds"),
             [
                 (claim, f"{value:.3f}", f"{sign} {limit:g}", "yes" if (value <= limit) == (sign == "≤") else "**no**")
@@ -185,7 +182,7 @@ def page(rows: Sequence[Row]) -> str:
                 (line.shape, NAMES.get(line.arm, line.arm), f"{line.seconds / 1e6:.0f} MB", f"{line.total[0]:.2f}")
                 for line in mine
             ]
-            text += _table(("training step", "layer", "peak memory", "ratio"), cells)
+            text += markdown.table(("training step", "layer", "peak memory", "ratio"), cells)
             continue
         titles = (
             "input",
@@ -196,7 +193,7 @@ def page(rows: Sequence[Row]) -> str:
             "forward, ratio",
             "forward + backward, ratio",
         )
-        text += _table(
+        text += markdown.table(
             titles,
             [
                 (

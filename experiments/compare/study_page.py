@@ -15,6 +15,7 @@ from experiments.compare.page import MACHINE
 from experiments.compare.protocol import Cell, Protocol, names, protocol
 from experiments.compare.study import ledger, rate_of
 from experiments.compare.verdict import LEVEL, Row, Verdict
+from experiments.harness import markdown
 from experiments.harness.inputs import InputError, main_guard
 from experiments.harness.judge import judge
 from experiments.harness.ledger import RESULTS, Ledger
@@ -76,7 +77,7 @@ def _overview(verdicts: Sequence[tuple[Cell, Verdict]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join(markdown.table(head, rows))
 
 
 def _place(arm: str, verdict: Verdict) -> str:

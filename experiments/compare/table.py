@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.compare.verdict import Row
+from experiments.harness.markdown import table
 from experiments.harness.statistics import Estimate
 
 HEAD = (
@@ -53,5 +54,4 @@ def plain(rows: Sequence[Row], accuracy: bool = True) -> str:
 def markdown(rows: Sequence[Row], accuracy: bool = True) -> str:
     """Return the rows as a table in Markdown."""
     head, *others = lines_of(rows, accuracy)
-    lines = [head, ("---",) * len(head), *others]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(table(head, others))

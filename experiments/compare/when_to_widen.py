@@ -15,9 +15,9 @@ from experiments.compare.protocol import protocol
 from experiments.compare.study import ledger
 from experiments.compare.study_page import accuracies, verdict_of
 from experiments.compare.verdict import Row, Verdict
-from experiments.gpu.evidence_page import compare, read
+from experiments.gpu.evidence_page import cells, ratio, read
 from experiments.harness.ledger import RESULTS
-from experiments.harness.runs import Record, write_whole
+from experiments.harness.runs import write_whole
 from experiments.harness.statistics import Estimate, paired_difference
 
 CARD = "nvidia-h200"
@@ -27,6 +27,9 @@ FIRST = {"first cifar10": (0.5, 600)}  # series before the studies: target and b
 @cache
 def verdict(study: str, depth: int = 0, radius: int = 0) -> Verdict | None:
     """Return the verdict on a cell of a study, or on a first series; None if its baseline was not run."""
+    if study == CARD:
+        found = cells(read(RESULTS, CARD).get("far-pair", []))
+        return found.get(f"far-pair depth {depth} radius {radius}")
     if study in FIRST:
         lines = (RESULTS / f"{study.removeprefix('first ')}.jsonl").read_text().splitlines()
         return Verdict([json.loads(line) for line in lines], *FIRST[study])
@@ -59,8 +62,7 @@ def steps(study: str, arm: str, depth: int = 0, radius: int = 0) -> str:
     base = row(study, "he", depth, radius)
     if base is not None and base.missed == base.n and found.missed == found.n:
         return f"none of {found.n} arrives, He neither"
-    text = interval(found.steps_ratio)
-    return (f"**{text}**" if found.clear else text) + never
+    return ratio(found) + never
 
 
 def seconds(study: str, arm: str, depth: int = 0, radius: int = 0) -> str:
@@ -89,20 +91,6 @@ def after(study: str, arm: str, depth: int, radius: int) -> str:
     return f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
 
 
-@cache
-def _on_card() -> list[Record]:
-    return read(RESULTS, CARD).get("far-pair", [])
-
-
-def on_card(arm: str, depth: int, radius: int) -> str:
-    """Write an arm's ratio of steps as the card measured it."""
-    run = f"far-pair depth {depth} radius {radius}"
-    if not any(row["run"] == run for row in _on_card()):
-        return "not run"
-    found = next(each for each in compare(_on_card(), run) if each.arm == arm)
-    return f"{found}, {found.missed} of {found.ratio.n} never" if found.missed else str(found)
-
-
 def text() -> str:
     """Return the page."""
     environment = jinja2.Environment(
@@ -114,7 +102,7 @@ def text() -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("when-to-widen.md").render(
-        steps=steps, seconds=seconds, points=points, row=row, verdict=verdict, on_card=on_card, after=after
+        steps=steps, seconds=seconds, points=points, row=row, verdict=verdict, after=after, CARD=CARD
     )
 
 

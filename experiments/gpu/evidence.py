@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from experiments.gpu.evidence_parts import PARTS, Run, Size
+from experiments.gpu.evidence_parts import PARTS, Size
+from experiments.gpu.evidence_study import Run
 from experiments.harness import data
 from experiments.harness.device import machine, pick_device
 from experiments.harness.inputs import InputError, main_guard

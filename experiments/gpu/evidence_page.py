@@ -7,19 +7,16 @@ page of their own, ``python -m experiments.patterns.regret``.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from experiments.compare.protocol import protocol
+from experiments.compare.verdict import Row, Verdict
+from experiments.harness import markdown
 from experiments.harness.inputs import InputError, main_guard
 from experiments.harness.ledger import RESULTS, Ledger
 from experiments.harness.runs import Record, write_whole
-from experiments.harness.statistics import Estimate, holm, restricted_ratio, sign_flip
-
-LEVEL = 0.05
 
 
 def read(folder: Path, card: str) -> dict[str, list[Record]]:
@@ -29,56 +26,32 @@ def read(folder: Path, card: str) -> dict[str, list[Record]]:
     return {part: [row for row in rows if "failed" not in row] for part, rows in found.items()}
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-
-
-def _by_arm(rows: Sequence[Record], run: str) -> dict[str, dict[int, Record]]:
-    arms: dict[str, dict[int, Record]] = defaultdict(dict)
+def cells(rows: Sequence[Record]) -> dict[str, Verdict]:
+    """Return the verdict on each far-pair cell, by its name; seconds and ERFs are not in these rows."""
+    by: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        if row["run"] == run:
-            arms[row["arm"].partition(": ")[2]][row["seed"]] = row
-    return arms
+        aside = {"task": row["run"], "seconds": None, "erf_before": None, "erf_after": None}
+        by[row["run"]].append({**row, **aside, "arm": row["arm"].partition(": ")[2]})
+    return {run: Verdict(those, protocol("far-pair").target, those[0]["budget"]) for run, those in by.items()}
 
 
-class Compared(NamedTuple):
-    """An arm of a far-pair cell against He: ratio of restricted means over paired seeds, p after Holm, misses of n."""
-
-    arm: str
-    ratio: Estimate
-    p: float
-    missed: int
-
-    def __str__(self) -> str:
-        clear = self.p < LEVEL and not self.ratio.low <= 1 <= self.ratio.high
-        text = f"{self.ratio.mean:.2f} ({self.ratio.low:.2f}–{self.ratio.high:.2f})"
-        return f"**{text}**" if clear else text
-
-
-def compare(rows: Sequence[Record], run: str) -> list[Compared]:
-    """Return the arms of one far-pair cell against He."""
-    arms = _by_arm(rows, run)
-    base, budget = arms["he"], next(iter(arms["he"].values()))["budget"]
-    found = []
-    for name in (name for name in arms if name != "he"):
-        seeds = sorted(set(arms[name]) & set(base))
-        new, old = ([side[seed]["steps_to_target"] for seed in seeds] for side in (arms[name], base))
-        logs = [[math.log(step or budget) for step in side] for side in (new, old)]
-        missed = sum(step is None for step in new)
-        found.append(Compared(name, restricted_ratio(new, old, budget), sign_flip(*logs), missed))
-    return [each._replace(p=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
-
-
-def cell(rows: Sequence[Record], run: str) -> list[str]:
+def _cell(run: str, verdict: Verdict) -> list[str]:
     """Return the table of one far-pair cell."""
-    base = _by_arm(rows, run)["he"]
-    budget = next(iter(base.values()))["budget"]
-    found = compare(rows, run)
-    table = [[each.arm, str(each), f"{each.p:.2g}", f"{each.missed} of {each.ratio.n}"] for each in found]
-    missed = sum(row["steps_to_target"] is None for row in base.values())
-    median = statistics.median(row["steps_to_target"] or budget for row in base.values())
-    told = f"He: median {median:.0f} steps, {missed} of {len(base)} never arrive within {budget}."
-    return [f"### {run}", "", told, "", *_table(["arm", "steps / He's", "p (Holm)", "never"], table)]
+    base, *others = sorted(verdict.rows, key=lambda row: row.arm != verdict.baseline)
+    table = [
+        (row.arm, ratio(row), f"{row.p_adjusted:.2g}", f"{row.missed} of {row.n}")
+        for row in others
+        if row.p_adjusted is not None
+    ]
+    told = f"He: median {base.steps:.0f} steps, {base.missed} of {base.n} never arrive within {verdict.longest}."
+    return [f"### {run}", "", told, "", *markdown.table(("arm", "steps / He's", "p (Holm)", "never"), table)]
+
+
+def ratio(row: Row) -> str:
+    """Write the ratio of an arm's steps with its interval, bold where it is clear."""
+    assert row.steps_ratio is not None, row.arm
+    text = f"{row.steps_ratio.mean:.2f} ({row.steps_ratio.low:.2f}–{row.steps_ratio.high:.2f})"
+    return f"**{text}**" if row.clear else text
 
 
 def page(parts: dict[str, list[Record]], card: str) -> str:
@@ -99,8 +72,8 @@ def page(parts: dict[str, list[Record]], card: str) -> str:
             "one rate, fixed beforehand; all networks of an arm stacked, all arms on the same batches. **Bold**: the "
             "interval is clear of 1 and p after Holm over the arms of the cell is below .05.",
         ]
-        for run in dict.fromkeys(row["run"] for row in parts["far-pair"]):
-            lines += ["", *cell(parts["far-pair"], run)]
+        for run, verdict in cells(parts["far-pair"]).items():
+            lines += ["", *_cell(run, verdict)]
     if any(part.startswith("patterns-") for part in parts):
         lines += ["", "## Patterns", "", "See [what each pattern loses at worst](patterns-regret.md)."]
     return "\n".join(lines) + "\n"

@@ -173,6 +173,16 @@ class Plan:
     last_look: bool = True
 
 
+def _stepper(nets: Sequence[nn.Module], lrs: Sequence[Tensor]) -> Stepper:
+    """Return the steps of networks on one device: AdamW, cross entropy without void."""
+    card = lrs[0].device.type == "cuda"
+    optimizers = [
+        torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02, capturable=card, foreach=card)
+        for net, lr in zip(nets, lrs, strict=True)
+    ]
+    return Stepper(nets, optimizers, lambda out, y: F.cross_entropy(out.float(), y, ignore_index=VOID))
+
+
 def train(
     nets: Sequence[nn.Module], pictures: Pictures, plan: Plan, rates: Sequence[float], seed: int
 ) -> list[Outcome]:
@@ -185,12 +195,7 @@ def train(
     nets = [net.to(device, memory_format=torch.channels_last).train() for net in nets]
     # A rate that lives on the device can change between replays of one graph.
     lrs = [torch.tensor(rate, device=device) for rate in rates]
-    card = device.type == "cuda"
-    optimizers = [
-        torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02, capturable=card, foreach=card)
-        for net, lr in zip(nets, lrs, strict=True)
-    ]
-    step = Stepper(nets, optimizers, lambda out, y: F.cross_entropy(out.float(), y, ignore_index=VOID))
+    step = _stepper(nets, lrs)
     curves: list[list[float]] = [[] for _ in nets]
     last = [0.0] * len(nets)
     for number, (x, y) in zip(range(1, plan.steps + 1), batches(pictures, plan.size, seed), strict=False):
@@ -215,9 +220,7 @@ def seconds_a_step(net: nn.Module, pictures: Pictures, plan: Plan) -> float | No
     """Measure the mean seconds of a training step of a network that has the device to itself."""
     device = pictures.train[0].device
     net = net.to(device, memory_format=torch.channels_last).train()
-    card = device.type == "cuda"
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, capturable=card, foreach=card)
-    step = Stepper([net], [optimizer], lambda out, y: F.cross_entropy(out.float(), y, ignore_index=VOID))
+    step = _stepper([net], [torch.tensor(1e-3, device=device)])
     x, y = next(batches(pictures, plan.size, 0))
     for _ in range(_WARM + 2):
         step(x, y)

@@ -40,17 +40,16 @@ def draw(seed: int, small: bool) -> Record:
     }
 
 
-def _offsets(case: Record, generator: torch.Generator) -> Tensor:
-    """Return distinct taps for each block of channels, or for each channel: (patterns, taps, 2)."""
-    side, taps = case["extent"], case["kernel"][0] * case["kernel"][1]
-    patterns = case["ins"] // case["block"] if case["block"] else case["ins"]
-    cells = [torch.randperm(side * side, generator=generator)[:taps] for _ in range(patterns)]
-    return torch.stack([torch.stack([c // side, c % side], -1) - side // 2 for c in cells])
+def random_taps(patterns: int, taps: int, extent: int, generator: torch.Generator) -> Tensor:
+    """Draw distinct taps of a window for each pattern: offsets (patterns, taps, 2) from its centre."""
+    cells = [torch.randperm(extent**2, generator=generator)[:taps] for _ in range(patterns)]
+    return torch.stack([torch.stack([c // extent, c % extent], -1) - extent // 2 for c in cells])
 
 
 def build(case: Record, device: torch.device) -> tuple[SparseConv2d, Tensor]:
     """Return the layer and its input on the device."""
     generator = torch.Generator().manual_seed(case["seed"])
+    patterns = case["ins"] // (case["block"] or 1)
     layer = SparseConv2d(
         case["ins"],
         case["outs"],
@@ -59,7 +58,7 @@ def build(case: Record, device: torch.device) -> tuple[SparseConv2d, Tensor]:
         padding=1,
         groups=case["groups"],
         bias=False,
-        pattern=_offsets(case, generator),
+        pattern=random_taps(patterns, case["kernel"][0] * case["kernel"][1], case["extent"], generator),
     )
     nn.init.normal_(layer.weight, generator=generator)
     dtype = getattr(torch, "float32" if case["numbers"] == "tf32" else case["numbers"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from experiments.harness import markdown
 from experiments.harness.runs import Record
 
 FOUR = ("128×64@56²", "128×128@28²", "128×256@14²", "128×512@7²")
@@ -46,11 +47,6 @@ def asked(rows: Sequence[Record]) -> list[tuple[str, float | None, float, str]]:
     ]
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return [f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines]
-
-
 def _verdict(measured: float | None, limit: float) -> str:
     return "not measured" if measured is None else "yes" if measured <= limit else "**no**"
 
@@ -69,7 +65,7 @@ def _layers(rows: Sequence[Record]) -> list[str]:
             worst = max((e for r in group for e in r["errors"].values()), default=math.nan)
             if group:
                 table.append((path, numbers, len(group), f"{worst:.1e}", f"{group[0]['bound']:.1e}"))
-    lines += ["", *_table(("path", "numbers", "layers", "worst relative error", "bound"), table)]
+    lines += ["", *markdown.table(("path", "numbers", "layers", "worst relative error", "bound"), table)]
     return lines + [f"- wrong: {row['case']} {row.get('errors') or row.get('failed')}" for row in wrong]
 
 
@@ -86,7 +82,7 @@ def page(rows: Sequence[Record], source: str) -> str:
         "",
         "## What was asked for",
         "",
-        *_table(("figure", "measured", "limit", "holds"), [
+        *markdown.table(("figure", "measured", "limit", "holds"), [
             (f"{name}{f' ({extra})' if extra else ''}", value, f"≤ {limit}", _verdict(value, limit))
             for name, value, limit, extra in asked(rows)
         ]),
@@ -99,14 +95,14 @@ def page(rows: Sequence[Record], source: str) -> str:
         timed = [row for row in rows if row["heat"] == heat and "forward" in row]
         keys = ("arm", "forward", "forward ratio", "both", "both ratio", "eager both ratio", "bytes ratio", "path")
         titles = ("arm", "forward", "ratio", "forward + backward", "ratio", "launched singly", "memory", "path")
-        lines += ["", f"## {heat}", "", *_table(titles, [[row.get(key) for key in keys] for row in timed])]
+        lines += ["", f"## {heat}", "", *markdown.table(titles, [[row.get(key) for key in keys] for row in timed])]
     steps = [row for row in rows if row["part"] == "network" and "ratio" in row]
     keys = ("heat", "arm", "plain", "converted", "ratio", "bytes ratio", "layers by path")
     lines += [
         "",
         "## Training steps, milliseconds",
         "",
-        *_table(keys, [[row.get(key) for key in keys] for row in steps]),
+        *markdown.table(keys, [[row.get(key) for key in keys] for row in steps]),
     ]
     missing = [row for row in rows if "left out" in row or ("failed" in row and "case" not in row)]
     lines += ["", "## Left out", ""]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.gpu.layers import random_taps
 from experiments.harness.runs import Record
 from widerf import SparseConv2d, convert, kernels
 
@@ -44,8 +45,7 @@ def blocks(channels: int, block: int, kernel: int, extent: int, stride: int = 1,
     def build() -> nn.Module:
         generator = torch.Generator().manual_seed(0)
         patterns = channels // min(block, channels) if block else channels
-        cells = [torch.randperm(extent**2, generator=generator)[: kernel**2] for _ in range(patterns)]
-        offsets = torch.stack([torch.stack([c // extent, c % extent], -1) - extent // 2 for c in cells])
+        offsets = random_taps(patterns, kernel**2, extent, generator)
         groups = channels if depthwise else 1
         return SparseConv2d(channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False, pattern=offsets)
 

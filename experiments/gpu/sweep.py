@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from experiments.gpu.layers import random_taps
 from experiments.gpu.race import microseconds
 from experiments.harness.runs import Record
 from widerf.kernels import configurations, cuda
@@ -59,8 +60,7 @@ def maps(layer: Layer, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     draw = torch.Generator().manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     c, out = layer.channels, (layer.side - 1) // layer.stride + 1
-    cells = [torch.randperm(layer.extent**2, generator=draw)[: layer.taps] for _ in range(c // layer.block)]
-    taps = torch.stack([torch.stack([p // layer.extent, p % layer.extent], -1) - layer.extent // 2 for p in cells])
+    taps = random_taps(c // layer.block, layer.taps, layer.extent, draw)
     shifts = taps.repeat_interleave(layer.block, 0).int()
 
     def image(side: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch import nn
 from experiments.compare import tasks
 from experiments.compare.far_pair import far_pair_batch
 from experiments.gpu import evidence
-from experiments.gpu.evidence_parts import PARTS, Run, device_batch
+from experiments.gpu.evidence_parts import PARTS, device_batch
+from experiments.gpu.evidence_study import Run
 from experiments.gpu.evidence_training import Pictures, Plan, batches, score, train
 from experiments.harness.inputs import InputError
 from experiments.harness.ledger import Ledger

@@ -91,6 +91,7 @@ def test_without_a_gpu_only_the_small_run_starts(tmp_path: Path) -> None:
 def test_every_use_of_a_layer_is_tried_and_one_that_breaks_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(uses.USES, "torch.compile, one graph")  # half a minute
     rows = {row["heat"]: row for row in uses.check(torch.device("cpu"))}
+    assert rows.pop("CUDA graph")["left out"] == "it needs a CUDA device"
     assert all(row["right"] for row in rows.values()), rows
 
     def broken(device: torch.device) -> float:
@@ -132,15 +133,17 @@ def test_a_cell_of_the_evidence_is_compared_with_he_seed_by_seed(tmp_path: Path)
     for seed in range(12):
         for arm, steps in (("he", 100 + seed), ("fast", 50 + seed), ("same", 100 + seed), ("never", None)):
             place = {"run": "cell", "arm": f"cell: {arm}", "seed": seed, "budget": 800, "device": "cuda: card"}
-            rows.append({**place, "steps_to_target": steps, "torch": "0"})
+            rows.append({**place, "steps_to_target": steps, "accuracy": 1.0, "torch": "0"})
     rows.append({"run": "cell 2", "arm": "cell 2", "seed": 0, "failed": "RuntimeError: no"})
     parts = evidence_page.read(tmp_path, "card")
-    found = {each.arm: each for each in evidence_page.compare(parts["far-pair"], "cell")}
-    assert found["fast"].ratio.mean == pytest.approx(55.5 / 105.5)
-    assert str(found["fast"]).startswith("**0.53")
-    assert str(found["same"]) == "1.00 (1.00–1.00)"
+    (verdict,) = evidence_page.cells(parts["far-pair"]).values()
+    found = {row.arm: row for row in verdict.rows}
+    fast, never = found["fast"].steps_ratio, found["never"].steps_ratio
+    assert fast is not None and fast.mean == pytest.approx(55.5 / 105.5)
+    assert evidence_page.ratio(found["fast"]).startswith("**0.53")
+    assert evidence_page.ratio(found["same"]) == "1.00 (1.00–1.00)"
     assert found["never"].missed == 12
-    assert found["never"].ratio.mean == pytest.approx(800 / 105.5)
+    assert never is not None and never.mean == pytest.approx(800 / 105.5)
     text = evidence_page.page(parts, "card")
     assert "He: median 106 steps, 0 of 12 never arrive within 800." in text
     assert "cell 2" not in text

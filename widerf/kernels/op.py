@@ -195,25 +195,23 @@ _grad_weight: Any = _define(
 _OPERATORS = {"forward": _forward, "grad_input": _grad_input, "grad_weight": _grad_weight}
 
 
-def _far(plan: Plan) -> bool:
-    return max(*plan.before, *plan.after) > FAR
-
-
-def native(plan: Plan, device: torch.device, dtype: torch.dtype) -> bool:
+def native(plan: Plan, device: torch.device, dtype: torch.dtype, closed: bool = True) -> bool:
     """Whether PyTorch's own convolution computes a plan: where all channels read one grid.
 
-    cuDNN's depthwise convolutions are an order of magnitude slower with a spacing than without: there ours are faster.
+    cuDNN's depthwise convolutions are an order of magnitude slower with a spacing than without: there ours are faster,
+    where the operators may be ``closed``.
     """
-    if plan.spacing is None or _far(plan):
+    if plan.spacing is None or max(*plan.before, *plan.after) > FAR:
         return False
     spaced = plan.groups == plan.channels > 1 and max(plan.spacing) > 1
-    return not (spaced and device.type == "cuda" and kernels.compiled(device, dtype, len(plan.spacing)))
+    ours = closed and spaced and device.type == "cuda" and kernels.compiled(device, dtype, len(plan.spacing))
+    return not ours
 
 
 def _convolve_piece(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, size: Sequence[int], closed: bool
 ) -> Tensor:
-    if native(plan, x.device, x.dtype) or (not closed and plan.spacing is not None and not _far(plan)):
+    if native(plan, x.device, x.dtype, closed):
         assert plan.spacing is not None
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         first, last = plan.runs[0].shifts[0], plan.runs[0].shifts[-1]

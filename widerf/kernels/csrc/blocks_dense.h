@@ -39,25 +39,31 @@ void pixels_tile(int64_t depth, const float *const *from, int64_t channel, const
     for (int n = 0; n < N; n++) store(to[m] + at + n * VW, load(to[m] + at + n * VW) + sums[m][n]);
 }
 
-typedef void (*PixelsTile)(int64_t, const float *const *, int64_t, const float *, float *const *, int64_t);
-
-// The function for m pixels, of N vectors.
-template <int N>
-inline PixelsTile pixels_function(int64_t m) {
-  constexpr PixelsTile SMALL[6] = {pixels_tile<1, N>, pixels_tile<2, N>, pixels_tile<3, N>,
-                                   pixels_tile<4, N>, pixels_tile<5, N>, pixels_tile<6, N>};
+// The function Tiles::at<m, N> for m rows of N vectors.
+template <typename Tiles, int N>
+inline typename Tiles::Function tile_of(int64_t m) {
+  constexpr typename Tiles::Function SMALL[6] = {Tiles::template at<1, N>, Tiles::template at<2, N>,
+                                                 Tiles::template at<3, N>, Tiles::template at<4, N>,
+                                                 Tiles::template at<5, N>, Tiles::template at<6, N>};
   if constexpr (most_rows(N) == 8) {
-    if (m > 6) return m == 7 ? pixels_tile<7, N> : pixels_tile<8, N>;
+    if (m > 6) return m == 7 ? Tiles::template at<7, N> : Tiles::template at<8, N>;
   }
   return SMALL[m - 1];
 }
 
-inline PixelsTile pixels_function(int64_t m, int64_t n) {
+template <typename Tiles>
+inline typename Tiles::Function tile_of(int64_t m, int64_t n) {
   if constexpr (NW == 4) {
-    if (n > 2) return n == 3 ? pixels_function<3>(m) : pixels_function<NW>(m);
+    if (n > 2) return n == 3 ? tile_of<Tiles, 3>(m) : tile_of<Tiles, NW>(m);
   }
-  return n == 1 ? pixels_function<1>(m) : pixels_function<2>(m);
+  return n == 1 ? tile_of<Tiles, 1>(m) : tile_of<Tiles, 2>(m);
 }
+
+struct PixelsTiles {
+  typedef void (*Function)(int64_t, const float *const *, int64_t, const float *, float *const *, int64_t);
+  template <int M, int N>
+  static constexpr Function at = pixels_tile<M, N>;
+};
 
 // Sums over `depth` channels of all pairs times a panel of weights, results begin … end − 1 of those that it has:
 // [results/WIDE][channel][result % WIDE], begin a multiple of WIDE.
@@ -67,7 +73,7 @@ inline void multiply(const Pairs &pairs, int64_t depth, const float *panel, int6
     for (int64_t c = 0; c < depth; c += PIECE)
       for (int64_t i = 0; i < tiles; i++) {  // of about one size: a lone pixel would take as long as two
         const int64_t first = pairs.count * i / tiles, m = pairs.count * (i + 1) / tiles - first;
-        pixels_function(m, n)(least(PIECE, depth - c), pairs.from.data + first, c, panel + o * depth + c * n * VW,
+        tile_of<PixelsTiles>(m, n)(least(PIECE, depth - c), pairs.from.data + first, c, panel + o * depth + c * n * VW,
                               pairs.to.data + first, o - begin);
       }
   }

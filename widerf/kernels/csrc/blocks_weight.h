@@ -35,25 +35,11 @@ void pairs_tile(int64_t count, const float *const *from, int64_t channel, const 
     }
 }
 
-typedef void (*PairsTile)(int64_t, const float *const *, int64_t, const float *const *, float *);
-
-// The function for m channels, of N vectors.
-template <int N>
-inline PairsTile pairs_function(int64_t m) {
-  constexpr PairsTile SMALL[6] = {pairs_tile<1, N>, pairs_tile<2, N>, pairs_tile<3, N>,
-                                  pairs_tile<4, N>, pairs_tile<5, N>, pairs_tile<6, N>};
-  if constexpr (most_rows(N) == 8) {
-    if (m > 6) return m == 7 ? pairs_tile<7, N> : pairs_tile<8, N>;
-  }
-  return SMALL[m - 1];
-}
-
-inline PairsTile pairs_function(int64_t m, int64_t n) {
-  if constexpr (NW == 4) {
-    if (n > 2) return n == 3 ? pairs_function<3>(m) : pairs_function<NW>(m);
-  }
-  return n == 1 ? pairs_function<1>(m) : pairs_function<2>(m);
-}
+struct PairsTiles {
+  typedef void (*Function)(int64_t, const float *const *, int64_t, const float *const *, float *);
+  template <int M, int N>
+  static constexpr Function at = pairs_tile<M, N>;
+};
 
 // Copies outputs o … o + wide − 1 of some pixels; lanes beyond stay as they are.
 inline void gather_outputs(const float *g, int64_t outputs, int64_t pixels, int64_t o, int64_t wide, int64_t step, float *to) {
@@ -76,7 +62,7 @@ inline void sum_taps(const Shape &s, const Runs &runs, const int32_t *shifts, in
       float *panel = sums + c * s.T * outputs + panel_at(width, outputs, t, 0, o);
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = width * i / tiles, m = width * (i + 1) / tiles - first;
-        pairs_function(m, n)(pairs.count, pairs.from.data, first, pairs.to.data, panel + first * n * VW);
+        tile_of<PairsTiles>(m, n)(pairs.count, pairs.from.data, first, pairs.to.data, panel + first * n * VW);
       }
     }
   }
