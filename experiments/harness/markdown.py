@@ -9,7 +9,7 @@ def table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> list[st
     r"""Return the lines of a table; None is an empty cell.
 
     Example:
-        >>> print(*table(("arm", "p"), [("he", None), ("wide", 0.5)]), sep="\\n")
+        >>> print(*table(("arm", "p"), [("he", None), ("wide", 0.5)]), sep="\n")
         | arm | p |
         | --- | --- |
         | he |  |
