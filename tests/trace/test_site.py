@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference import fingerprint
-from widerf.trace.site import check_input_size, check_unit, spatial_layer
+from widerf.trace.arguments import check_input_size, check_unit
+from widerf.trace.site import spatial_layer
 
 
 class Pick(nn.Module):

@@ -18,9 +18,10 @@ from widerf.erf.receptive import from_tape
 from widerf.errors import UntreatedOperatorError
 from widerf.report import progress_bar
 from widerf.trace.ambient import own_state, plain_arithmetic
+from widerf.trace.arguments import check_unit, probe_input
 from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene, noise
-from widerf.trace.site import MapSite, check_unit, probe_input
+from widerf.trace.site import MapSite
 
 _MAX_BLOCKS = 32
 _LEAST_DRAWS = 8  # before rtol may stop the measurement

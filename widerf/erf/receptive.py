@@ -13,8 +13,8 @@ from widerf.erf.coordinates import Reading, read, read_all
 from widerf.errors import UntreatedOperatorError
 from widerf.report import cell, html_table
 from widerf.trace.ambient import plain_arithmetic
+from widerf.trace.arguments import check_unit
 from widerf.trace.scene import Scene
-from widerf.trace.site import check_unit
 from widerf.trace.tape import Tape
 
 

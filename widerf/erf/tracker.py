@@ -17,10 +17,10 @@ from widerf.erf.logs import FIGURES, open_log
 from widerf.erf.map import ERF
 from widerf.erf.measurement import measure
 from widerf.errors import ClippedWarning
+from widerf.trace.arguments import is_finite
 from widerf.trace.certain import held
 from widerf.trace.sandbox import untouched
 from widerf.trace.scene import Scene
-from widerf.trace.site import is_finite
 
 
 class ERFTracker:

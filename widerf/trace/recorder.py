@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from widerf.trace.ambient import plain_pass
 from widerf.trace.certain import certainly, held
+from widerf.trace.hooks import names_of, remove
 from widerf.trace.layout import tensors_in
 from widerf.trace.recurrent import IN_STEPS
-from widerf.trace.site import MapSite, names_of, remove
+from widerf.trace.site import MapSite
 from widerf.trace.tape import Call, Tape, operator_name
 from widerf.trace.writes import Write, functional_form, out_arguments, source_of, storage_of, written_tensors
 

@@ -10,18 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from widerf._checks import require
+from widerf.trace.arguments import check_input_size, check_unit, probe_input
 from widerf.trace.certain import held
+from widerf.trace.hooks import names_of
 from widerf.trace.recorder import record
 from widerf.trace.sandbox import untouched
-from widerf.trace.site import (
-    MapSite,
-    check_input_size,
-    check_unit,
-    names_of,
-    probe_input,
-    spatial_layer,
-    spatial_layers,
-)
+from widerf.trace.site import MapSite, spatial_layer, spatial_layers
 from widerf.trace.tape import Tape
 
 

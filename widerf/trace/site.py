@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules import module as module_hooks
-from torch.utils.hooks import RemovableHandle
 
 from widerf._checks import require, require_known
 from widerf.trace.ambient import plain_pass
-from widerf.trace.certain import certainly, held
+from widerf.trace.arguments import PROBES, check_finite, check_input_size, probe_input
+from widerf.trace.certain import held
+from widerf.trace.hooks import after, names_of, unwrapped
 from widerf.trace.layout import AxisOrderName, Reader, by_preference, tensors_in
 from widerf.trace.sandbox import untouched
-
-_PROBES = 2  # images in the probing pass: more than one, so that the batch axis shows
 
 
 @dataclass(frozen=True)
@@ -174,100 +172,6 @@ def _site_of(calls: list[_Seen], wanted: str, input_size: tuple[int, ...]) -> Ma
     return site
 
 
-def check_input_size(input_size: Sequence[int]) -> tuple[int, ...]:
-    """Return ``input_size`` as a tuple after checking that it is (channels, *spatial) of rank 1 to 3."""
-    require(isinstance(input_size, Sequence), "input_size", "be (channels, *spatial)", input_size, TypeError)
-    sizes = tuple(input_size)
-    rule = "be (channels, *spatial): 2 to 4 positive integers"
-    require(all(isinstance(n, int) and not isinstance(n, bool) for n in sizes), "input_size", rule, sizes, TypeError)
-    require(2 <= len(sizes) <= 4 and min(sizes) > 0, "input_size", rule, sizes)
-    return sizes
-
-
-def check_unit(unit: Sequence[int] | int | None, spatial_shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the index of a unit on a map after checking it; by default the centre unit, ``n // 2`` on each axis.
-
-    Negative indices count from the end. On a map with one axis an integer will do.
-
-    Raises:
-        TypeError: if an entry is not an integer.
-        ValueError: if the unit lies outside the map or has the wrong number of axes.
-
-    Example:
-        >>> check_unit(None, (7, 7)), check_unit((0, -1), (7, 7))
-        ((3, 3), (0, 6))
-    """
-    if unit is None:
-        return tuple(n // 2 for n in spatial_shape)
-    index = (unit,) if isinstance(unit, int) else tuple(unit)
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in index)
-    require(whole, "unit", "hold integers only", unit, TypeError)
-    inside = len(index) == len(spatial_shape) and all(-n <= i < n for i, n in zip(index, spatial_shape, strict=True))
-    require(inside, "unit", f"lie on the map of shape {tuple(spatial_shape)}", unit)
-    return tuple(i % n for i, n in zip(index, spatial_shape, strict=True))
-
-
-def is_finite(model: nn.Module) -> bool:
-    """Whether :func:`check_finite` accepts a model."""
-    try:
-        check_finite(model)
-    except ValueError:
-        return False
-    return True
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise ``ValueError`` that names the first parameter or buffer that is not finite, or cannot be differentiated."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        ordinary = "hold ordinary tensors, not such as were made under torch.inference_mode (a deep copy outside is)"
-        require(not tensor.is_inference(), "model", ordinary, repr(name))
-        require(not tensor.is_meta, "model", "hold values in every tensor", f"{name!r} on the meta device")
-        if not tensor.is_floating_point() or bool(tensor.detach().sum().isfinite()):  # one look is enough
-            continue
-        # Masks of -inf are lawful buffers (Swin's shifted windows); NaN nowhere is.
-        bad = bool(tensor.isnan().any() if not isinstance(tensor, nn.Parameter) else (~tensor.isfinite()).any())
-        require(not bad, "model", "hold finite weights", f"NaN or infinity in {name!r}")
-
-
-def probe_input(model: nn.Module, input_size: Sequence[int], batch: int = _PROBES) -> Tensor:
-    """Zeros of shape ``(batch, *input_size)`` on the device and in the floating type of the model's first parameter."""
-    tensors = [t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()]
-    options: dict[str, Any] = {"device": tensors[0].device, "dtype": tensors[0].dtype} if tensors else {}
-    return torch.zeros((batch, *input_size), **options)
-
-
-def names_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Names of all modules, without the wrappers that compilation puts around them."""
-    return {module: _unwrapped(name) for name, module in model.named_modules()}
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-@contextmanager
-def after(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
-    """Call ``hook(module, inputs, output)`` after each call of a module, be it a scripted one, which takes no hooks."""
-
-    def other(called: nn.Module, inputs: Any, output: Any) -> None:
-        if called is module:
-            hook(called, inputs, output)
-
-    handles: list[RemovableHandle] = []
-    with certainly(lambda: remove(handles)):
-        if isinstance(module, torch.jit.ScriptModule):
-            handles.append(module_hooks.register_module_forward_hook(other))
-        else:
-            handles.append(module.register_forward_hook(hook))
-        yield
-
-
-def remove(handles: Sequence[RemovableHandle]) -> None:
-    """Take hooks off."""
-    for handle in handles:
-        handle.remove()
-
-
 @dataclass
 class _Seen:
     """One call of a module in the probing pass."""
@@ -287,8 +191,8 @@ def _named(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Module
         require(layer in names, "layer", "be a module of the model", type(layer).__name__)
         return names[layer]
     # A module that is shared has several names, all of which are good.
-    every = {_unwrapped(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    wanted = _unwrapped(layer)
+    every = {unwrapped(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    wanted = unwrapped(layer)
     if wanted:  # "" is the model itself
         require_known(wanted, filter(None, every), "layer")
     return names[every[wanted]]
@@ -334,7 +238,7 @@ def _listen(
         site = None
         for position in by_preference(output):
             shape = tuple(tensors[position].shape)
-            layout = reader.layout(module, inputs, shape) if shape[:1] == (_PROBES,) else None
+            layout = reader.layout(module, inputs, shape) if shape[:1] == (PROBES,) else None
             if layout is not None:
                 site = MapSite(name, module, index, layout.shape, layout.name, position, layout.prefix)
                 break
