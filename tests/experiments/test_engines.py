@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +104,29 @@ def test_a_node_that_is_lost_costs_no_record(ray_cluster, tmp_path: Path) -> Non
         if len(done) == 3:
             ray_cluster.remove_node(lost, allow_graceful=False)
     assert sorted(done) == [(value, value**2) for value in range(30)]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_costs_no_record(ray_cluster, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    series = ["far-pair", "--radius", "1", "--depth", "2", "--steps", "40", "--target", "1", "--arms", "he", "xavier",
+              "--seeds", "6", "--erf-samples", "4", "--out"]  # fmt: skip
+    command = [sys.executable, "-m", "experiments.compare", *series]
+    on_ray = [*command, str(tmp_path / "ray"), "--engine", "ray", "--address", ray_cluster.address]
+    driver = subprocess.Popen(on_ray, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs = tmp_path / "ray" / "runs"
+    while len(list(runs.glob("*.json"))) < 2:
+        assert driver.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    assert len(list(runs.glob("*.json"))) < 12, "nothing was left to do"
+    subprocess.run(on_ray, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "local"), "--workers", "1"], cwd=ROOT, check=True, capture_output=True)
+    here, there = (
+        timeless([json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()])
+        for name in ("local", "ray")
+    )
+    assert there == here
 
 
 def test_ray_that_is_not_there_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
