@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ SENSELESS: dict[str, Any] = {
 def test_a_file_without_sense_is_a_value_error_that_names_it(name: str, tmp_path: Path) -> None:
     arrays = dict(np.load(saved(tmp_path)))
     np.savez(tmp_path / "bad.npz", **SENSELESS[name](arrays))
+    with pytest.raises(ValueError, match=r"bad\.npz"):
+        ERF.load(tmp_path / "bad.npz")
+
+
+WRONG = {"a word": np.array("x"), "four axes": np.zeros((2, 2, 2, 2)), "NaN": np.array(np.nan)}
+LAWFUL = [("untraced", "a word")]
+FIELDS = [field.name for field in dataclasses.fields(ERF)]
+WRONG_FIELDS = [(name, wrong) for name in FIELDS for wrong in WRONG if (name, wrong) not in LAWFUL]
+
+
+@pytest.mark.parametrize(("field", "wrong"), WRONG_FIELDS)
+def test_no_field_is_taken_on_trust(field: str, wrong: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "bad.npz", **{**np.load(saved(tmp_path)), field: WRONG[wrong]})
     with pytest.raises(ValueError, match=r"bad\.npz"):
         ERF.load(tmp_path / "bad.npz")
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from widerf._checks import require
 
 _SUM = 1e-6  # how far a map's sum may be from 1
 
 
-def read_arrays(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
-    """Return the arrays of an ``.npz`` file that :meth:`widerf.ERF.save` wrote, by name.
+def read_fields(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of an ERF from an ``.npz`` file that :meth:`widerf.ERF.save` wrote, by name.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -32,7 +33,17 @@ def read_arrays(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
     unknown = sorted(set(values) - set(known))
     require(not unknown, "path", f"name a file of an ERF, not one that holds {', '.join(unknown)}", str(path))
     _check(values, str(path))
-    return values
+    return {name: _read_field(name, array) for name, array in values.items()}
+
+
+def _read_field(name: str, array: Any) -> Any:
+    if name in ("map", "blocks"):
+        return torch.from_numpy(array)
+    return tuple(array.tolist()) if name in ("center", "trf_size", "jump", "block_samples") else array.item()
+
+
+def _finite(array: Any) -> bool:
+    return np.issubdtype(array.dtype, np.number) and bool(np.isfinite(array).all())
 
 
 def _check(values: dict[str, Any], path: str) -> None:
@@ -45,9 +56,14 @@ def _check(values: dict[str, Any], path: str) -> None:
     for name in ("center", "trf_size", "jump"):
         if name in values:
             figures = values[name]
-            whole = figures.shape == (share.ndim,) and bool(np.isfinite(figures.astype(float)).all())
+            whole = figures.shape == (share.ndim,) and _finite(figures)
             require(whole, name, f"hold {share.ndim} finite numbers, one an axis, in {path}", figures.tolist())
+    for name, kind in (("untraced", np.str_), ("samples", np.integer), ("clipped", np.number)):
+        if name in values:
+            one = values[name].shape == () and np.issubdtype(values[name].dtype, kind)
+            finite = kind is np.str_ or (one and _finite(values[name]))
+            require(one and finite, name, f"be one {kind.__name__.strip('_')} in {path}", values[name].tolist())
     if "blocks" in values:
         blocks, counts = values["blocks"], values.get("block_samples", np.zeros(0))
-        fit = blocks.shape[1:] == share.shape and counts.shape == (len(blocks),) and bool(np.isfinite(blocks).all())
+        fit = blocks.shape[1:] == share.shape and counts.shape == (len(blocks),) and _finite(blocks) and _finite(counts)
         require(fit, "blocks", f"be finite maps of shape {share.shape}, each with its samples, in {path}", blocks.shape)

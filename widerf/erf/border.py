@@ -60,3 +60,12 @@ def _continuation(outer: float, inner: float, band: int, length: float) -> float
     rate = math.log(inner / outer) / band if inner > outer else 0.0
     edge = outer * math.exp(-rate * band / 2)
     return edge * length if rate * length < 1e-9 else edge * -math.expm1(-rate * length) / rate
+
+
+def clipped_message(share: Tensor, trf_size: tuple[int, ...] | None, clipped: float) -> str:
+    """Say what share of an ERF the border cuts off, and which input would hold all of it."""
+    text = f"the image border cuts off about {clipped:.1%} of the ERF, so that its figures are those of a clipped map"
+    if trf_size is None:
+        return f"{text}; the unit sees the whole image at any size"
+    wide = tuple(max(t, n) for t, n in zip(trf_size, share.shape, strict=True))
+    return f"{text}; a spatial input size of {wide} or more would hold all of it"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from widerf._checks import require, require_known
-from widerf.erf.archive import read_arrays
-from widerf.erf.border import clipped_share
+from widerf.erf.archive import read_fields
+from widerf.erf.border import clipped_message, clipped_share
 from widerf.erf.gaussian import GaussianFit, fit_gaussian
 from widerf.erf.jackknife import jackknife_error
 from widerf.errors import ClippedWarning, DeadUnitError
@@ -113,7 +113,7 @@ class ERF:
         if clipped is None:
             clipped = clipped_share(share, middle, size, step)
         if clipped > CLIPPED_LIMIT and warn:
-            warnings.warn(_clipped_message(share, size, clipped), ClippedWarning, stacklevel=3)
+            warnings.warn(clipped_message(share, size, clipped), ClippedWarning, stacklevel=3)
         if blocks is not None:
             blocks = (blocks.to("cpu", torch.float64) / blocks.sum(dtype=torch.float64)).float()
         counts = None if block_samples is None else tuple(block_samples)
@@ -287,17 +287,7 @@ class ERF:
         Raises:
             ValueError: if the file is damaged, or if what it holds is no ERF; the message says what is wrong.
         """
-        values = read_arrays(path, tuple(cls.__dataclass_fields__))
-        for name in ("map", "blocks"):
-            if name in values:
-                values[name] = torch.from_numpy(values[name])
-        for name in ("center", "trf_size", "jump", "block_samples"):
-            if name in values:
-                values[name] = tuple(values[name].tolist())
-        for name in ("untraced", "samples", "clipped"):
-            if name in values:
-                values[name] = values[name].item()
-        return cls(**values)
+        return cls(**read_fields(path, tuple(cls.__dataclass_fields__)))
 
     def _moments(self) -> list[Moments]:
         return [moments(marginal(self.map, axis)) for axis in range(self.map.ndim)]
@@ -339,11 +329,3 @@ def _unit_sum(energy: Tensor) -> Tensor:
 
 def _range(values: Tensor) -> str:
     return f"values from {float(values.min()):.3g} to {float(values.max()):.3g}"
-
-
-def _clipped_message(share: Tensor, trf_size: tuple[int, ...] | None, clipped: float) -> str:
-    text = f"the image border cuts off about {clipped:.1%} of the ERF, so that its figures are those of a clipped map"
-    if trf_size is None:
-        return f"{text}; the unit sees the whole image at any size"
-    wide = tuple(max(t, n) for t, n in zip(trf_size, share.shape, strict=True))
-    return f"{text}; a spatial input size of {wide} or more would hold all of it"
