@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 import widerf
 
 project = "widerf"
+project_copyright = "the authors of widerf"
 author = "The widerf developers"
 version = release = widerf.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
