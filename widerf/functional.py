@@ -134,14 +134,16 @@ def output_size(
     Raises:
         RuntimeError: if the dense kernel does not fit on the padded image.
     """
-    padded = [n + sum(p) for n, p in zip(spatial, padding, strict=True)]
-    span = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-    if any(r > n for r, n in zip(span, padded, strict=True)):
+    axes = zip(spatial, kernel_size, stride, padding, dilation, strict=True)
+    size = tuple((n + before + after - d * (k - 1) - 1) // s + 1 for n, k, s, (before, after), d in axes)
+    if not all(n > 0 for n in size):
+        padded = [n + sum(p) for n, p in zip(spatial, padding, strict=True)]
+        span = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
         raise RuntimeError(
             f"Calculated padded input size per channel: {padded}. Kernel size: {span}. "
             "Kernel size can't be greater than actual input size"
         )
-    return tuple((n - r) // s + 1 for n, r, s in zip(padded, span, stride, strict=True))
+    return size
 
 
 def _knows_autocast(device: str) -> bool:

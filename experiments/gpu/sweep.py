@@ -17,6 +17,7 @@ from experiments.gpu.race import microseconds
 from experiments.harness.runs import Record
 from widerf.kernels import configurations, cuda
 from widerf.kernels.configurations import Configuration, Shape
+from widerf.kernels.cuda_tables import read_shifts
 
 
 class Layer(NamedTuple):
@@ -61,7 +62,7 @@ def maps(layer: Layer, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     c, out = layer.channels, (layer.side - 1) // layer.stride + 1
     taps = random_taps(c // layer.block, layer.taps, layer.extent, draw)
-    shifts = taps.repeat_interleave(layer.block, 0).int()
+    shifts = read_shifts(taps.repeat_interleave(layer.block, 0))
 
     def image(side: int) -> Tensor:
         drawn = torch.randn(layer.batch, c, side, side, generator=draw)

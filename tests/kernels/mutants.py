@@ -101,19 +101,13 @@ BOX_DEPTHWISE_WEIGHT = (
     ("chunk ends off by one tile", "tiles, tl.num", "tiles - 1, tl.num", BY_BLOCKS),
     ("mask dropped", "(column < out_width)", "(column < out_width + 1)", HALVES),
     ("first block of channels again", "c0 = program % c_blocks * BC", "c0 = program % c_blocks * 0", BY_BLOCKS),
-    # Each of the seven sums in one way or another.
-    *(
-        (f"tap {k} negated", f"u + x{k}", f"u - x{k}", case)
-        for k, case in ((0, HALVES), (2, HALVES), (4, HALVES), (6, ELEVEN))
-    ),
-    *(
-        (f"tap {k} is the one before", f"first, t0 + {k}, taps", f"first, t0 + {k - 1}, taps", case)
-        for k, case in ((1, BY_BLOCKS), (3, HALVES), (5, ELEVEN))
-    ),
-    *(
-        (f"tap {k} kept elsewhere", f"tl.minimum(t0 + {k}, taps - 1) *", f"tl.minimum(t0 + {k - 1}, taps - 1) *", case)
-        for k, case in ((2, HALVES), (5, ELEVEN))
-    ),
+    ("rows negated", "v + rows[k]", "v - rows[k]", HALVES),
+    ("columns negated", "u + columns[k]", "u - columns[k]", ELEVEN),
+    ("tap is the group's first", "first, t0 + k, taps", "first, t0, taps", BY_BLOCKS),
+    ("tap kept elsewhere", "tl.minimum(t0 + k, taps - 1) *", "tl.minimum(t0, taps - 1) *", HALVES),
+    ("sums of another tap", "(sums[k] + grads", "(sums[0] + grads", ELEVEN),
+    ("sums of one step only", "sums = more", "sums = sums", HALVES),
+    ("sums of one tap stored", "tl.sum(sums[k]", "tl.sum(sums[0]", HALVES),
 )
 BOX_TAP = (("last tap beyond a block is the next", "taps - 1", "taps", ELEVEN),)
 BOX_FOLD = (
@@ -121,7 +115,9 @@ BOX_FOLD = (
     ("a part beyond the last", "(s < splits)", "(s < splits + 1)", FOLDED),
     ("first block of outputs again", "program % n_blocks * BN", "program % n_blocks * 0", FOLDED),
     ("first block of inputs again", "n_blocks % c_blocks * BC", "n_blocks % c_blocks * 0", FOLDED),
-    ("tap of another", "+ c[:, None]) * taps + t", "+ c[:, None]) * taps", FOLDED),
+    ("tap of another", "+ t * t_step", "", FOLDED),
+    ("tap of the other order", "t * t_step", "t", PARTS),
+    ("input of the other order", "c * c_step", "c", FOLDED),
 )
 FAULTS = {
     "implicit_gemm": PRODUCT,

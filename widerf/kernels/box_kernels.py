@@ -174,7 +174,7 @@ def _tap(shifts, first, number, taps):
 
 
 @jit
-def depthwise_weight(  # noqa: C901  # seven sums, each under its condition
+def depthwise_weight(
     x, g, scratch, shifts, c_blocks, tiles, column_tiles, row_tiles,
     height, width, out_height, out_width, channels, per_block, stride_y, stride_x, taps,
     TAPS: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
@@ -190,20 +190,14 @@ def depthwise_weight(  # noqa: C901  # seven sums, each under its condition
     c = c0 + tl.arange(0, BC)
     t0 = program // c_blocks * TAPS
     first = c0 // per_block * taps
-    y0, x0 = _tap(shifts, first, t0, taps)
-    y1, x1 = _tap(shifts, first, t0 + 1, taps)
-    y2, x2 = _tap(shifts, first, t0 + 2, taps)
-    y3, x3 = _tap(shifts, first, t0 + 3, taps)
-    y4, x4 = _tap(shifts, first, t0 + 4, taps)
-    y5, x5 = _tap(shifts, first, t0 + 5, taps)
-    y6, x6 = _tap(shifts, first, t0 + 6, taps)
-    a0 = tl.zeros((BH * BW, BC), dtype=tl.float32)
-    a1 = a0
-    a2 = a0
-    a3 = a0
-    a4 = a0
-    a5 = a0
-    a6 = a0
+    rows = ()
+    columns = ()
+    sums = ()
+    for k in tl.static_range(TAPS):
+        at_y, at_x = _tap(shifts, first, t0 + k, taps)
+        rows += (at_y,)
+        columns += (at_x,)
+        sums += (tl.zeros((BH * BW, BC), dtype=tl.float32),)
     step = width * channels
     for i in range(tl.program_id(1), tiles, tl.num_programs(1)):
         row, column, image = _pixels(i, column_tiles, row_tiles, BH, BW)
@@ -213,41 +207,25 @@ def depthwise_weight(  # noqa: C901  # seven sums, each under its condition
         there = x + image * height * width * channels
         v = row * stride_y
         u = column * stride_x
-        a0 += grads * _shifted(there, c, v + y0, u + x0, height, width, step, channels, 1, 1, False)
-        if TAPS > 1:
-            a1 += grads * _shifted(there, c, v + y1, u + x1, height, width, step, channels, 1, 1, False)
-        if TAPS > 2:
-            a2 += grads * _shifted(there, c, v + y2, u + x2, height, width, step, channels, 1, 1, False)
-        if TAPS > 3:
-            a3 += grads * _shifted(there, c, v + y3, u + x3, height, width, step, channels, 1, 1, False)
-        if TAPS > 4:
-            a4 += grads * _shifted(there, c, v + y4, u + x4, height, width, step, channels, 1, 1, False)
-        if TAPS > 5:
-            a5 += grads * _shifted(there, c, v + y5, u + x5, height, width, step, channels, 1, 1, False)
-        if TAPS > 6:
-            a6 += grads * _shifted(there, c, v + y6, u + x6, height, width, step, channels, 1, 1, False)
+        more = ()
+        for k in tl.static_range(TAPS):
+            read = _shifted(there, c, v + rows[k], u + columns[k], height, width, step, channels, 1, 1, False)
+            more += (sums[k] + grads * read,)
+        sums = more
     to = scratch + tl.program_id(1) * taps * channels + c
-    tl.store(to + t0 * channels, tl.sum(a0, axis=0))
-    if TAPS > 1:
-        tl.store(to + tl.minimum(t0 + 1, taps - 1) * channels, tl.sum(a1, axis=0))
-    if TAPS > 2:
-        tl.store(to + tl.minimum(t0 + 2, taps - 1) * channels, tl.sum(a2, axis=0))
-    if TAPS > 3:
-        tl.store(to + tl.minimum(t0 + 3, taps - 1) * channels, tl.sum(a3, axis=0))
-    if TAPS > 4:
-        tl.store(to + tl.minimum(t0 + 4, taps - 1) * channels, tl.sum(a4, axis=0))
-    if TAPS > 5:
-        tl.store(to + tl.minimum(t0 + 5, taps - 1) * channels, tl.sum(a5, axis=0))
-    if TAPS > 6:
-        tl.store(to + tl.minimum(t0 + 6, taps - 1) * channels, tl.sum(a6, axis=0))
+    for k in tl.static_range(TAPS):
+        tl.store(to + tl.minimum(t0 + k, taps - 1) * channels, tl.sum(sums[k], axis=0))
 
 
 @jit
 def fold(
-    scratch, out, splits, taps, ins, outs, n_blocks, c_blocks,
+    scratch, out, splits, taps, ins, outs, n_blocks, c_blocks, c_step, t_step,
     BS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``out[n, c, t] = Σ_s scratch[s, t, c, n]``, the parts in order, ``BS`` at a time."""
+    """``out[n, c, t] = Σ_s scratch[s, t, c, n]``, the parts in order, ``BS`` at a time.
+
+    Steps of c and t in ``out`` are given: with 1 for c, as channels_last has it, writes are contiguous.
+    """
     program = tl.program_id(0)
     n = program % n_blocks * BN + tl.arange(0, BN)
     c = program // n_blocks % c_blocks * BC + tl.arange(0, BC)
@@ -260,5 +238,5 @@ def fold(
         s = s0 + tl.arange(0, BS)
         live = (s < splits)[:, None, None] & inside[None, :, :]
         total += tl.sum(tl.load(scratch + (s * step)[:, None, None] + at[None, :, :], mask=live, other=0.0), axis=0)
-    to = (n.to(tl.int64)[None, :] * ins + c[:, None]) * taps + t
+    to = n.to(tl.int64)[None, :] * (ins * taps) + (c * c_step)[:, None] + t * t_step
     tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)

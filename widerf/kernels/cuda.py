@@ -11,6 +11,7 @@ Convolutions in float32 round their factors to TF32 exactly if PyTorch's own do,
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=1)
 def _kernels() -> Any:
     from widerf.kernels import triton_kernels
 
@@ -62,7 +64,7 @@ def why_not_boxes(shifts: Any, x: Tensor, stride: Sequence[int], outs: int, grou
         return "switched off"
     if groups == 1 and device.capability(x.device) < (9, 0):
         return "tensor descriptors need a GPU of compute capability 9.0"
-    return cuda_boxes.why_not(read_shifts(shifts), x.element_size(), stride, outs, groups)
+    return cuda_boxes.why_not(read_shifts(shifts), x.element_size(), tuple(stride), outs, groups)
 
 
 def _tiles(dtype: torch.dtype, columns: int, pixels: int, reduction: int) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def forward(
         return _empty(x, (x.shape[0], outs, *out_size), last).zero_()
     read_at = read_shifts(shifts)
     if why_not_boxes(shifts, x, stride, outs, groups) is None:
-        return _formed(cuda_boxes.forward(x, weight, read_at, stride, groups, out_size), last)
+        return _formed(cuda_boxes.forward(x, weight, read_at, tuple(stride), groups, tuple(out_size)), last)
     tables, taps = read(read_at, outs, groups, x.device), read_at.taps
     y = _empty(x, (x.shape[0], outs, *out_size), last)
     flat = weight.reshape(outs, -1, taps)
@@ -209,7 +211,7 @@ def grad_input(
         return grad_x.zero_()
     read_at = read_shifts(shifts)
     if why_not_boxes(shifts, grad_y, stride, outs, groups) is None:
-        return _formed(cuda_boxes.grad_input(grad_y, weight, read_at, stride, groups, size), last)
+        return _formed(cuda_boxes.grad_input(grad_y, weight, read_at, tuple(stride), groups, tuple(size)), last)
     tables, taps = read(read_at, outs, groups, grad_y.device), read_at.taps
     g = grad_y
     if ins == outs == groups:
@@ -250,12 +252,19 @@ def _chunks(pixels: int, step: int, programs: int, numbers: int) -> tuple[int, i
     return chunk, -(-pixels // chunk)
 
 
-def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], groups: int) -> Tensor:
+def grad_weight(
+    x: Tensor,
+    grad_y: Tensor,
+    shifts: Any,
+    stride: Sequence[int],
+    groups: int,
+    channels_last: bool | None = None,
+) -> Tensor:
     """Return the gradient (out, in/groups, taps) of the weight, the pixels cut into chunks that are added up in order.
 
-    Arguments as in `forward`.
+    Arguments as in `forward`; ``channels_last``: whether the result lies in memory as (out, taps, in/groups).
     """
-    outs, ins, last = grad_y.shape[1], x.shape[1], _last(x, None)
+    outs, ins, last, as_last = grad_y.shape[1], x.shape[1], _last(x, None), _last(x, channels_last)
     read_at = read_shifts(shifts)
     taps = read_at.taps
     per_group, n, g = ins // groups, outs // groups, grad_y
@@ -263,7 +272,7 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
     if pixels * outs * per_group * taps == 0 or x.numel() == 0:
         return x.new_zeros(outs, per_group, taps)
     if why_not_boxes(shifts, x, stride, outs, groups) is None:
-        return cuda_boxes.grad_weight(x, grad_y, read_at, stride, groups)
+        return cuda_boxes.grad_weight(x, grad_y, read_at, tuple(stride), groups, as_last)
     tables = read(read_at, outs, groups, x.device)
     sizes = (*x.shape[2:], *g.shape[2:], *stride, *x.stride(), *g.stride())
     if ins == outs == groups:
@@ -287,4 +296,5 @@ def grad_weight(x: Tensor, grad_y: Tensor, shifts: Any, stride: Sequence[int], g
         CHANNELS_LAST=last, UNIFORM=tables.uniform == 64, BIG=_big(x, g, scratch),
         WIDEN=not x.is_cuda, **options,
     )  # fmt: skip
-    return scratch.sum(0).transpose(1, 2).contiguous().to(x.dtype)
+    summed = scratch.sum(0).transpose(1, 2).to(x.dtype)
+    return summed if as_last else summed.contiguous()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from widerf.kernels.boxes import block_of
 
@@ -52,19 +51,12 @@ class Shifts:
         return self.table[:: self.block]
 
 
-_read: Any = WeakIdKeyDictionary()  # shifts that were read, by the tensor that holds them: (its version, shifts)
-
-
 def read_shifts(shifts: Any) -> Shifts:
-    """Return the shifts that an integer tensor (channels, taps, 2) or nested sequence holds."""
-    tensor = torch.as_tensor(shifts)
-    version, found = _read.get(tensor, (None, None))
-    if found is None or version != tensor._version:
-        integers = tensor.to("cpu", torch.int32).contiguous()
-        found = Shifts(integers.numpy().tobytes(), int(integers.shape[0]), int(integers.shape[1]))
-        _read[tensor] = (tensor._version, found)
-    kept: Shifts = found
-    return kept
+    """Return the shifts that an integer tensor (channels, taps, 2) or nested sequence holds; `Shifts` as they are."""
+    if isinstance(shifts, Shifts):
+        return shifts
+    integers = torch.as_tensor(shifts).to("cpu", torch.int32).contiguous()
+    return Shifts(integers.numpy().tobytes(), int(integers.shape[0]), int(integers.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from widerf import kernels
-from widerf.kernels import columns, cpu, gate
+from widerf.kernels import columns, cpu, cuda, gate
+from widerf.kernels.cuda_tables import Shifts, read_shifts
 from widerf.kernels.plan import Layout, Plan, read_plan, slices, trim
 
 _library: Any = torch.library.Library("widerf", "DEF")  # type: ignore[no-untyped-call]
@@ -51,9 +52,16 @@ def watched(*tensors: Tensor) -> bool:
         or _get_current_dispatch_mode() is not None
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
-        or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)  # many gradients at once
+        or not _plain(tensors)
     )
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are tensors and nothing else; those of many gradients at once say so too, and are not."""
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_legacy_batchedtensor(t):
+            return False
+    return True
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -65,23 +73,19 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 @lru_cache(maxsize=512)
-def _table(plan: str) -> Tensor:
-    """Return the shifts as the CUDA kernels take them: (channels, taps, 2), one row for a signal."""
-    shifts = [[(0, *map(gate.narrow, shift))[-2:] for shift in taps] for taps in read_plan(plan).shifts]
-    return torch.tensor(shifts, dtype=torch.int32)
+def shifts_of(plan: str) -> Shifts:
+    """Return the shifts as the CUDA kernels take them: of one row for a signal."""
+    return read_shifts([[(0, *map(gate.narrow, shift))[-2:] for shift in taps] for taps in read_plan(plan).shifts])
 
 
-def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int]) -> Tensor:
+def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequence[int], last: bool) -> Tensor:
     """Call `widerf.kernels.cuda`, which takes images only: a signal is one of one row."""
-    from widerf.kernels import cuda
-
     flat = first.dim() == 3
     if flat:
         first, second = first.unsqueeze(2), second.unsqueeze(2)
-    common = (_table(plan.text), (1, *plan.stride)[-2:], plan.groups)
+    common = (shifts_of(plan.text), (1, *plan.stride)[-2:], plan.groups)
     if name == "grad_weight":
-        return cuda.grad_weight(first, second, *common).reshape(*shape)
-    last = memory_format(first) == torch.channels_last
+        return cuda.grad_weight(first, second, *common, last).view(shape)
     size = (1, *(shape if name == "forward" else shape[2:]))[-2:]
     result: Tensor = getattr(cuda, name)(first, second, *common, size, last)
     # No view: autograd would not let the bias be added to it in place.
@@ -91,12 +95,12 @@ def _on_cuda(name: str, first: Tensor, second: Tensor, plan: Plan, shape: Sequen
 def _compute(name: str, first: Tensor, second: Tensor, text: str, shape: Sequence[int]) -> Tensor:
     """Compute one of the three maps, which bear the same names in all kernels, by the path for such tensors."""
     call, plan = gate.admit(name, first, second, text, shape), read_plan(text)
-    form = torch.contiguous_format if name == "grad_weight" else memory_format(first)
+    form = memory_format(first)
     dtype, (path, _) = first.dtype, kernels.path(first.device, first.dtype, first.dim() - 2)
     if call.empty:
         result = torch.zeros(call.result, dtype=dtype, device=first.device)
     elif path == "cuda" and call.small:
-        result = _on_cuda(name, first, second, plan, shape)
+        result = _on_cuda(name, first, second, plan, shape, form == torch.channels_last)
     elif path == "cpu" and call.small:
         result = getattr(cpu, name)(first.float(), second.float(), plan, shape).to(dtype)
     else:
@@ -113,13 +117,10 @@ def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, pl
         return _compute(kernel, first, second, plan, shape)
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-        first, second, ctx.plan, _ = inputs
-        ctx.save_for_backward(first, second)
+        _keep(ctx, *inputs)
 
     def derivatives(ctx: Any, up: Tensor) -> Any:
-        first, second = backward(ctx.plan, *ctx.saved_tensors, up)
-        needed = ctx.needs_input_grad
-        return first() if needed[0] else None, second() if needed[1] else None, None, None
+        return _derive(ctx, backward, up)
 
     def batched(info: Any, dims: Any, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Any:
         def one(a: Tensor, b: Tensor) -> Tensor:
@@ -148,15 +149,62 @@ def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _call(name: str, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
-    """Compute one of the three maps in a backward pass: by its operator only where somebody follows it.
+def _keep(ctx: Any, first: Tensor, second: Tensor, plan: str, shape: Sequence[int]) -> None:
+    """Keep what the derivatives of a call need."""
+    ctx.save_for_backward(first, second)
+    ctx.plan = plan
+
+
+def _derive(ctx: Any, backward: Any, up: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    """Return the derivatives of a call, by operators only where somebody follows them.
 
     An operator in Python costs as much time as a small kernel on a GPU.
     """
-    if torch.is_grad_enabled() or watched(first, second):
-        result: Tensor = _OPERATORS[name](first, second, plan, shape)
-        return result
-    return _compute(name, first, second, plan, shape)
+    first, second = ctx.saved_tensors
+    followed = torch.is_grad_enabled() or watched(first, second, up)
+    calls = zip(ctx.needs_input_grad[:2], backward(ctx.plan, first, second, up), strict=True)
+    found = [
+        (_OPERATORS[name](*call) if followed else _compute(name, *call)) if needed else None
+        for needed, (name, *call) in calls
+    ]
+    return found[0], found[1], None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """The convolution where nobody follows the operators: theirs is the same, after several layers of Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, plan: str, size: Sequence[int]) -> Tensor:
+        _keep(ctx, x, weight, plan, size)
+        return _compute("forward", x, weight, plan, size)
+
+    @staticmethod
+    def backward(ctx: Any, up: Tensor) -> Any:
+        return _derive(ctx, _after_forward, up)
+
+
+def _call(x: Tensor, weight: Tensor, plan: str, size: Sequence[int]) -> Tensor:
+    """Convolve by the operator where a compiler is to see it or there is no memory, by what it does elsewhere."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        by: Any = _forward
+    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        by = _Convolution.apply
+    else:
+        return _compute("forward", x, weight, plan, size)
+    result: Tensor = by(x, weight, plan, size)
+    return result
+
+
+def _after_forward(plan: str, x: Tensor, weight: Tensor, up: Tensor) -> Any:
+    return ("grad_input", up, weight, plan, x.shape), ("grad_weight", x, up, plan, weight.shape)
+
+
+def _after_grad_input(plan: str, grad: Tensor, weight: Tensor, up: Tensor) -> Any:
+    return ("forward", up, weight, plan, grad.shape[2:]), ("grad_weight", up, grad, plan, weight.shape)
+
+
+def _after_grad_weight(plan: str, x: Tensor, grad: Tensor, up: Tensor) -> Any:
+    return ("grad_input", grad, up, plan, x.shape), ("forward", x, up, plan, grad.shape[2:])
 
 
 _forward: Any = _define(
@@ -164,10 +212,7 @@ _forward: Any = _define(
     "Tensor input, Tensor weight, str plan, SymInt[] size",
     "forward",
     lambda x, weight, size: _shaped(x, (x.shape[0], weight.shape[0], *size)),
-    lambda plan, x, weight, up: (
-        lambda: _call("grad_input", up, weight, plan, x.shape),
-        lambda: _call("grad_weight", x, up, plan, weight.shape),
-    ),
+    _after_forward,
     columns.plain,
 )
 _grad_input: Any = _define(
@@ -175,21 +220,15 @@ _grad_input: Any = _define(
     "Tensor grad, Tensor weight, str plan, SymInt[] shape",
     "grad_input",
     lambda grad, weight, shape: _shaped(grad, shape),
-    lambda plan, grad, weight, up: (
-        lambda: _call("forward", up, weight, plan, grad.shape[2:]),
-        lambda: _call("grad_weight", up, grad, plan, weight.shape),
-    ),
+    _after_grad_input,
     columns.plain_grad_input,
 )
 _grad_weight: Any = _define(
     "sparse_conv_grad_weight",
     "Tensor input, Tensor grad, str plan, SymInt[] shape",
     "grad_weight",
-    lambda x, grad, shape: x.new_empty(shape),
-    lambda plan, x, grad, up: (
-        lambda: _call("grad_input", grad, up, plan, x.shape),
-        lambda: _call("forward", x, up, plan, grad.shape[2:]),
-    ),
+    lambda x, grad, shape: _shaped(x, shape),
+    _after_grad_weight,
     columns.plain_grad_weight,
 )
 _OPERATORS = {"forward": _forward, "grad_input": _grad_input, "grad_weight": _grad_weight}
@@ -218,7 +257,7 @@ def _convolve_piece(
         part = columns.pad(x, plan)[slices(plan, size, first, [b - a for a, b in zip(first, last, strict=True)])]
         return convolution(part, weight, bias, plan.stride, 0, plan.spacing, plan.groups)
     if closed:
-        y: Tensor = _forward(x, weight, plan.text, size)
+        y = _call(x, weight, plan.text, size)
         return y if bias is None else y.add_(bias.view(-1, *(1,) * len(size)))
     stock = columns.exportable if torch.compiler.is_compiling() else columns.plain
     y = stock(x, weight, plan, size)

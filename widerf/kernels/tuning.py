@@ -126,7 +126,8 @@ def describe(layer: Any, input: Tensor) -> tuple[str, str]:
         return kernels.shown(kind), why
     plan = layout.whole
     sample = torch.empty(0, dtype=dtype, device=input.device)
-    reason = cuda.why_not_boxes(op._table(plan.text), sample, (1, *plan.stride)[-2:], layer.out_channels, layer.groups)
+    steps = (1, *plan.stride)[-2:]
+    reason = cuda.why_not_boxes(op.shifts_of(plan.text), sample, steps, layer.out_channels, layer.groups)
     return (kernels.BY_BOXES, "") if reason is None else (kernels.GATHERED, reason)
 
 
