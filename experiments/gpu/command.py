@@ -7,9 +7,10 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as LateError
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from experiments.harness.runs import Record, write_whole
 
 LAYERS = 300
 SHARE = 0.45  # of the time for the layers against float64 and for compiling, at most
-COMPILED = 75.0  # seconds that a compiled network has to have left: compiling cannot be stopped
+LEAST, STEP = 10.0, 15.0  # seconds that a heat, and the steps of a network, have to have left
+COMPILED = 75.0  # and of a compiled network: compiling cannot be stopped
 
 
 class Run:
@@ -101,6 +103,24 @@ def prepare(run: Run, tasks: Iterable[Task], until: float, workers: int) -> None
             run.say({"part": part, "heat": "rest", "left out": f"{left}: no time"})
 
 
+def _race(
+    run: Run, heats: Sequence[race.Heat], networks: Sequence[race.Network], device: torch.device, timed: float
+) -> None:
+    """Time these heats, then training steps of these networks; ``timed``: seconds of a call, 0 if nothing is meant."""
+    for heat in heats:
+        run.attempt(
+            {"part": heat.part, "heat": heat.name}, LEAST if timed else 0, partial(race.run, heat, device, timed)
+        )
+    for model, batch, side, way in networks:
+        row = {"part": "network", "heat": f"{model}, {batch}×3@{side}²", "arm": way}
+        needed = 0 if not timed else COMPILED if way == "compiled" else STEP
+        run.attempt(row, needed, partial(_network, (model, batch, side, way), device, 5 * timed))
+
+
+def _network(network: race.Network, device: torch.device, seconds: float) -> Iterator[Record]:
+    yield race.run_network(*network, device, seconds)
+
+
 def kernels(device: torch.device, out: Path, seconds: float, small: bool, count: int, tune: bool) -> Path:
     """Check and race; return the path of the page."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -112,17 +132,13 @@ def kernels(device: torch.device, out: Path, seconds: float, small: bool, count:
     prepare(run, _tasks(count, str(device), small, tune, until), until, workers)
     run.attempt({"part": "use", "heat": "all"}, 0 if small else 10, lambda: uses.check(device))
     timed = 0.0 if small else 0.03
-    for heat in race.heats(small):
-        row = {"part": heat.part, "heat": heat.name}
-        run.attempt(row, 0 if small else 10, lambda heat=heat: race.run(heat, device, timed))  # type: ignore[misc]
+    heats, networks = race.heats(small), race.networks(small)
+    _race(run, heats[: race.FIRST], networks[:3], device, timed)
+    _race(run, heats[race.FIRST :], (), device, timed)
     for layer in sweep.layers(small) if tune else ():
         row = {"part": "sweep", "heat": layer.name}
-        run.attempt(row, 0 if small else 10, lambda layer=layer: sweep.run(layer, device, timed))  # type: ignore[misc]
-    for model, batch, side, way in race.networks(small):
-        row = {"part": "network", "heat": f"{model}, {batch}×3@{side}²", "arm": way}
-        network: Any = (model, batch, side, way, device, 5 * timed)
-        needed = 0 if small else COMPILED if way == "compiled" else 15
-        run.attempt(row, needed, lambda network=network: iter([race.run_network(*network)]))  # type: ignore[misc]
+        run.attempt(row, LEAST if timed else 0, partial(sweep.run, layer, device, timed))
+    _race(run, (), networks[3:], device, timed)
     written = out / f"{stem}.md"
     write_whole(written, page(run.ledger.rows(), run.ledger.path.name))
     return written

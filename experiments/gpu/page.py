@@ -91,7 +91,9 @@ def page(rows: Sequence[Record], source: str) -> str:
         "",
         *_layers([row for row in rows if row["part"] == "layer"]),
     ]  # fmt: skip
-    for heat in dict.fromkeys(row["heat"] for row in rows if row["part"] in ("convolution", "depthwise", "rivals")):
+    for heat in dict.fromkeys(
+        row["heat"] for row in rows if row["part"] in ("convolution", "depthwise", "launch", "rivals")
+    ):
         timed = [row for row in rows if row["heat"] == heat and "forward" in row]
         keys = ("arm", "forward", "forward ratio", "both", "both ratio", "eager both ratio", "bytes ratio", "path")
         titles = ("arm", "forward", "ratio", "forward + backward", "ratio", "launched singly", "memory", "path")

@@ -17,6 +17,8 @@ from experiments.harness.runs import Record
 from widerf import SparseConv2d, convert, kernels
 
 Build = Callable[[], nn.Module]
+Network = tuple[str, int, int, str]  # timm model, batch, side, way
+FIRST = 10  # heats whose figures were asked for, and that of the launches
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,18 @@ def _depthwise(shape: tuple[int, int, int], last: bool) -> Heat:
     return Heat("depthwise", shape, torch.bfloat16, last, tuple(arms))
 
 
+def _launches(shape: tuple[int, int, int], dtype: torch.dtype, count: int) -> Heat:
+    """A chain of layers on images so small that its time is that of launching: what Python takes for a layer."""
+
+    def chain(build: Build) -> Build:
+        return lambda: nn.Sequential(*(build() for _ in range(count)))
+
+    arms = _dense(shape, dtype, True, False).arms[:2]
+    return Heat("launch", shape, dtype, True, tuple((f"{count} times {name}", chain(build)) for name, build in arms))
+
+
 def heats(small: bool) -> list[Heat]:
-    """Return all heats, what matters most first."""
+    """Return all heats, what matters most first: `FIRST` of them before the networks."""
     half, full = torch.bfloat16, torch.float32
     if small:
         deformable = (("deform_conv2d", lambda: Deformable(32, 8)),)
@@ -114,6 +126,7 @@ def heats(small: bool) -> list[Heat]:
             Heat(first.part, first.shape, full, True, (*first.arms, *deformable)),
             _dense((2, 32, 8), full, False, False, 2),
             _depthwise((2, 32, 8), True),
+            _launches((1, 32, 8), full, 3),
         ]
     four = [(128, 64, 56), (128, 128, 28), (128, 256, 14), (128, 512, 7)]
     rivals: tuple[tuple[str, Build], ...] = (
@@ -126,6 +139,7 @@ def heats(small: bool) -> list[Heat]:
         *(_dense(shape, half, True, True) for shape in four),
         _depthwise((64, 96, 56), True),
         *(_dense(shape, full, True, False) for shape in four),
+        _launches((2, 64, 8), half, 12),
         *(_dense(shape, half, False, False) for shape in four),
         _dense((128, 128, 56), half, True, False, 2),
         _depthwise((64, 384, 14), True),
@@ -230,12 +244,15 @@ def run(heat: Heat, device: torch.device, seconds: float) -> Iterator[Record]:
         yield row | {f"{key} ratio": round(row[key] / first[key], 3) for key in timed}
 
 
-def networks(small: bool) -> list[tuple[str, int, int, str]]:
-    """Return (timm model, batch, side, way) of the training steps: replayed as a graph, launched singly, compiled."""
+def networks(small: bool) -> list[Network]:
+    """Return (timm model, batch, side, way) of the training steps: replayed as a graph, launched singly, compiled.
+
+    The first three are of the model whose figures were asked for.
+    """
     if small:
         return [("test_resnet", 2, 64, "eager")]
     models = ("resnet50", "convnext_tiny")
-    return [(model, 64, 224, way) for way in ("graph", "eager", "compiled") for model in models]
+    return [(model, 64, 224, way) for model in models for way in ("graph", "eager", "compiled")]
 
 
 def _paths(model: nn.Module, step: Callable[[], None]) -> Record:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from experiments.harness.runs import Record
-from widerf import SparseConv2d
+from widerf import SparseConv2d, convert
 
 
 def _layer(device: torch.device, channels: int = 64, **options: Any) -> tuple[SparseConv2d, Tensor]:
@@ -90,12 +91,55 @@ def depthwise(device: torch.device) -> float:
         return _error(layer(x), layer.double()(x.double()))
 
 
+def _network(device: torch.device) -> tuple[nn.Sequential, Tensor]:
+    """A converted network in channels_last, and its input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(64, 64, 3, padding=1, groups=64),
+    )  # fmt: skip
+    convert(net, extent=7, seed=0)
+    last = {"memory_format": torch.channels_last}
+    return net.to(device, **last).train(), torch.randn(2, 64, 14, 14).to(device, **last)  # type: ignore[call-overload]
+
+
+def _gradients(called: nn.Module, x: Tensor) -> list[Tensor]:
+    called.zero_grad(set_to_none=True)
+    called(x).square().sum().backward()
+    return [p.grad.clone() for p in called.parameters() if p.grad is not None]
+
+
+def compiled_network(device: torch.device) -> float:
+    """A training step of a converted network, compiled, against the plain call."""
+    net, x = _network(device)
+    wanted = _gradients(net, x)
+    called: Any = torch.compile(net, backend="inductor" if device.type == "cuda" else "aot_eager")
+    return max(_error(a, b) for a, b in zip(_gradients(called, x), wanted, strict=True))
+
+
+def data_parallel(device: torch.device) -> float:
+    """A training step of a converted network within `DistributedDataParallel`, of one process."""
+    net, x = _network(device)
+    wanted = _gradients(net, x)
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, f"file://{folder}/meeting", rank=0, world_size=1)
+        try:
+            model = nn.parallel.DistributedDataParallel(net, static_graph=True)
+            found = [_gradients(model, x) for _ in range(2)]  # the first step lays out its buckets anew
+        finally:
+            distributed.destroy_process_group()
+    return max(_error(a, b) for grads in found for a, b in zip(grads, wanted, strict=True))
+
+
 USES: dict[str, tuple[Callable[[torch.device], float], float]] = {
     "CUDA graph": (graph_replay, 0.0),
     "autocast": (autocast, 2**-6),
     "second derivatives": (second_derivatives, 1e-5),
     "memory format": (memory_format, 1e-6),
     "depthwise": (depthwise, 1e-6),
+    "DDP, one process": (data_parallel, 1e-5),
+    "compiled network": (compiled_network, 1e-4),
     "torch.compile, one graph": (compiled, 1e-5),
 }
 

@@ -54,6 +54,19 @@ def test_the_operators_are_what_pytorch_expects_of_operators(which: str, last: b
 
 
 @pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_of_weights_lie_in_memory_as_the_weights_do(
+    path: str, form: torch.memory_format, groups: int
+) -> None:
+    """They are taken as they are, and DDP copies them into its buckets as they lie."""
+    layer = SparseConv2d(4, 4, 3, padding=1, groups=groups, extent=5, seed=0).to(memory_format=form)  # type: ignore[call-overload]
+    with kernels.use(path):
+        layer(torch.randn(2, 4, 6, 7).contiguous(memory_format=form)).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "groups", "last"), [(1, 1, False), (2, 1, False), (2, 4, True), (3, 2, False)])
 def test_every_path_gives_the_numbers_of_the_scattered_kernel(

@@ -106,7 +106,11 @@ def _compute(name: str, first: Tensor, second: Tensor, text: str, shape: Sequenc
     else:
         x, _, y = gate.shapes(name, first.shape, second.shape, shape)
         result = getattr(columns, name)(first, second, trim(text, tuple(x[2:]), tuple(y[2:])), shape)
-    return result.contiguous(memory_format=form)
+    result = result.contiguous(memory_format=form)
+    if name == "grad_weight" and result.shape[1] == 1 and form != torch.contiguous_format:
+        # In both formats at once; the strides are to say channels_last as those of the weight do: DDP looks at them.
+        return result.as_strided(result.shape, (result.stride(0), 1, *result.stride()[2:]))
+    return result
 
 
 def _define(name: str, arguments: str, kernel: str, fake: Any, backward: Any, plain: Any) -> Any:
