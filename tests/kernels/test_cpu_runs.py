@@ -14,16 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.layers import (
-    BUILDS,
-    COMPILER,
-    FLAGS,
-    SOURCES,
-    Case,
-    largest_error,
-    needs_compiler,
-    skip_unless_runnable,
-)
+from tests.kernels.layers import COMPILER, FLAGS, SOURCES, Case, largest_error, needs_compiler
 from widerf.kernels import cpu, op
 
 
@@ -178,30 +169,23 @@ def shown() -> tuple[Case, ...]:
     )
 
 
-def library_of(mutant: Mutant | None, build: str, directory: Path) -> ctypes.CDLL:
+def library_of(mutant: Mutant | None, directory: Path) -> ctypes.CDLL:
     """Compile the sources with a fault in them."""
-    source, flags = BUILDS[build]
     sources = directory / "csrc"
     shutil.copytree(SOURCES, sources)
     if mutant is not None:
         text = (sources / mutant.source).read_text(encoding="utf-8")
         assert mutant.old in text
         (sources / mutant.source).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    command = [str(COMPILER), *FLAGS, *flags, "-O0", str(sources / f"{source}.cpp"), "-o", str(directory / "faulty.so")]
+    command = [str(COMPILER), *FLAGS, "-O0", str(sources / "plain.cpp"), "-o", str(directory / "faulty.so")]
     subprocess.run(command, check=True)
     return cpu.load(directory / "faulty.so")
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "build", [name if name == "plain" else pytest.param(name, marks=pytest.mark.slow) for name in BUILDS]
-)
 @pytest.mark.parametrize("mutant", [None, *MUTANTS], ids=lambda m: f"{m.source}: {m.fault}" if m else "none")
-def test_every_fault_is_seen(
-    mutant: Mutant | None, build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    skip_unless_runnable(build)
-    library = library_of(mutant, build, tmp_path)
+def test_every_fault_is_seen(mutant: Mutant | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = library_of(mutant, tmp_path)
     monkeypatch.setattr(cpu, "library", lambda: library)
     worst = max(largest_error(case) for case in shown())
     assert worst <= 1e-5 if mutant is None else worst > 1e-2
