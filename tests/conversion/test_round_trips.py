@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -145,6 +145,35 @@ def test_a_folder_of_transformers_comes_back_by_its_configuration(tmp_path: Path
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(fresh(x).last_hidden_state, saved(x).last_hidden_state)
+
+
+def test_a_transformers_class_that_converts_itself_comes_back_sparse_and_refuses_other_taps(tmp_path: Path) -> None:
+    """Its from_pretrained asks no hook of a module: what a checkpoint needs has to be there before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+
+        class Wide(transformers.ResNetForImageClassification):
+            taps: ClassVar[dict[str, Any]] = {"extent": 7}
+
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                widerf.convert(self, **self.taps)
+
+        other = type("Other", (Wide,), {"taps": {"extent": 9, "pattern": "stratified"}})
+        fewer = type("Fewer", (Wide,), {"taps": {"extent": 7, "pattern": "stratified"}})
+        config = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+        saved, x = Wide(config).eval(), torch.randn(1, 3, 32, 32)
+        saved.save_pretrained(tmp_path)
+        fresh, told = Wide.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(told.values()) and torch.equal(fresh(x).logits, saved(x).logits)
+        other(config).save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # another number of sets of taps
+            Wide.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="offsets must lie in the window"):  # as many sets, of a wider window
+            fewer.from_pretrained(tmp_path)(x)
 
 
 def test_timm_loads_what_it_would_refuse_once_the_model_has_the_hook(tmp_path: Path) -> None:

@@ -51,6 +51,41 @@ class UNet(nn.Module):
         return self.head(torch.cat([self.gain * fine, self.up(self.deep(self.down(fine)))], 1))
 
 
+class Deeper(nn.Module):
+    """A U-Net as people write it: pairs of convolutions with norms, pooling, transposed convolutions, three scales."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        widths = [width, 2 * width, 4 * width]
+        self.down = nn.ModuleList(self.pair(before, after) for before, after in zip([3, *widths], widths, strict=False))
+        self.lift = nn.ModuleList(nn.ConvTranspose2d(2 * after, after, 2, 2) for after in widths[:-1])
+        self.up = nn.ModuleList(self.pair(2 * after, after) for after in widths[:-1])
+        self.head = nn.Conv2d(width, 2, 1)
+
+    @staticmethod
+    def pair(before: int, after: int) -> nn.Sequential:
+        ends = ((before, after), (after, after))
+        parts = [(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ends]
+        return nn.Sequential(*(part for each in parts for part in each))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, pair in enumerate(self.down):
+            x = pair(nn.functional.max_pool2d(x, 2) if level else x)
+            skips.append(x)
+        for lift, up, skip in [*zip(self.lift, self.up, skips, strict=False)][::-1]:
+            x = up(torch.cat([skip, lift(x)], 1))
+        return self.head(x)
+
+
+def segmenter() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    torch.manual_seed(0)
+    return smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8)).eval()
+
+
 def made(model: nn.Module, call: str) -> Any:
     """Make a proposed call as a user would: the value of an expression, or the effect of a statement."""
     scope = {"model": model, "widerf": widerf, "torch": torch}
@@ -150,6 +185,9 @@ CASES: dict[str, Case] = {
         taps_on_the_map_of_the_row,
     ),
     "U-Net skips": (lambda: UNet(1.0), (3, 64, 64), None, "skip_dominates", "widerf.convert(", std_of),
+    "U-Net, field": (lambda: UNet(1.0), (3, 48, 48), 32, "field_too_small", "widerf.convert(", size_of),
+    "U-Net, ERF": (lambda: Deeper().eval(), (3, 64, 64), 32, "erf_too_small", "only=['down.0.0'", size_of),
+    "smp.Unet": (segmenter, (3, 96, 96), 85, "erf_too_small", "widerf.", size_of),
     "ViT": (vit, (3, 160, 160), None, "global_paths", "widerf.measure(", std_in),
     "trained weights": (trained, (3, 32, 32), None, "pretrained", "stratified", std_of),
     "clipped": (lambda: chain(8), (3, 12, 12), None, "clipped", "widerf.predict(", clipped_in),
@@ -178,6 +216,35 @@ def test_a_window_that_is_wide_by_its_taps_is_shown_the_least_image_that_holds_i
     assert made(wide_by_its_taps(), finding.call)["1"].map_size == (8, 7)
 
 
+@pytest.mark.parametrize("case", ["U-Net, field", "U-Net, ERF", "smp.Unet"])
+def test_the_call_for_a_u_net_is_enough_and_says_so(case: str) -> None:
+    build, size, wanted, name, *_ = CASES[case]
+    finding = widerf.advise(build(), size, object_size=wanted)[name]
+    assert finding.before < wanted <= finding.after
+    assert "no lever" not in finding.what
+
+
+def test_windows_are_no_wider_than_is_enough() -> None:
+    model = chain(4)
+    finding = widerf.advise(model, (3, 40, 40), object_size=32)["field_too_small"]
+    extent = int(finding.call.split("extent=")[1].split(",")[0])
+    made(model, finding.call.replace(f"extent={extent}", f"extent={extent - 2}"))
+    assert size_of(model, None, (3, 40, 40)) < 32 <= finding.after
+
+
+def test_a_size_that_no_lever_reaches_is_said_with_the_most_that_one_gives() -> None:
+    model = chain()
+    finding = widerf.advise(model, (3, 24, 24), object_size=200)["field_too_small"]
+    made(model, finding.call)
+    largest = size_of(model, None, (3, 24, 24))
+    assert finding.after == largest < 200
+    assert f"no lever reaches that: the largest that one call gives is {largest:.3g}" in finding.what
+    for extent in (7, 13, 25):
+        other = chain()
+        widerf.convert(other, extent=extent, input_size=(3, 24, 24))
+        assert size_of(other, None, (3, 24, 24)) <= largest
+
+
 def test_an_erf_that_covers_the_object_is_said_to_and_nothing_is_proposed() -> None:
     advice = widerf.advise(chain(), (3, 64, 64), object_size=6)
     assert [row.name for row in advice] == ["covers"]
@@ -187,6 +254,7 @@ def test_an_erf_that_covers_the_object_is_said_to_and_nothing_is_proposed() -> N
 def test_kernels_without_taps_are_named_and_no_call_is_proposed() -> None:
     advice = widerf.advise(chain(3, kernel_size=1), (3, 16, 16), object_size=9)
     assert advice["only_pointwise"].layers == ("0", "2", "4")
+    assert "no lever reaches that: none widens it" in advice["field_too_small"].what
     assert advice["field_too_small"].call is None and all(row.call is None for row in advice)
 
 

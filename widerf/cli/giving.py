@@ -28,7 +28,7 @@ class Found:
         erfs: by the name of their column.
         report: a report with a table of its own.
         figures: further figures by their captions.
-        compact: whether the lines say all of the ERFs' figures already.
+        compared: titles and rows of a table of several models, which says the ERFs' figures already.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Found:
     erfs: Mapping[str, ERF] = field(default_factory=dict)
     report: Report[Any] | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict)
-    compact: bool = False
+    compared: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
 
 
 def text(value: object) -> str:
@@ -65,7 +65,7 @@ def short(value: object) -> str:
 
 def give(options: argparse.Namespace, found: Found) -> None:
     """Print what was found, and write it to the folder if there is one."""
-    figures = {} if found.compact else {name: figures_of(erf) for name, erf in found.erfs.items()}
+    figures = {} if found.compared else {name: figures_of(erf) for name, erf in found.erfs.items()}
     told = found.told | ({"erf": figures} if figures else {})
     keys = list(dict.fromkeys(key for each in figures.values() for key in each))
     rows = [[key, *(short(each.get(key)) for each in figures.values())] for key in keys]
@@ -73,6 +73,7 @@ def give(options: argparse.Namespace, found: Found) -> None:
         print(json.dumps(plain(told), indent=2, ensure_ascii=False))
     else:
         tables = [table(["ERF (input pixels)", *figures], rows)] if figures else []
+        tables += [table(*found.compared)] if found.compared else []
         print("\n".join([*found.lines, *tables]))
         if found.report is not None:
             print()
@@ -102,10 +103,12 @@ def _write(options: argparse.Namespace, found: Found, told: dict[str, Any], rows
     if found.erfs:
         made = plot.compare(found.erfs)
         plot.save(made, options.out / "erf.png")
-        drawn = {", ".join(found.erfs): made, **drawn}
+        models = [f"{number}: {each['model']}" for number, each in enumerate(told.get("models", ()), 1)]
+        drawn = {", ".join(models or found.erfs): made, **drawn}
     for name, erf in found.erfs.items():
         erf.save(options.out / f"{name}.npz")
     (options.out / "report.json").write_text(json.dumps(plain(told), indent=2, ensure_ascii=False), encoding="utf-8")
     body = html_table(["ERF (input pixels)", *found.erfs], rows) if rows else ""
+    body += html_table(*found.compared) if found.compared else ""
     body += "" if found.report is None else found.report._repr_html_()
     write_page(options.out / "report.html", found.title, found.lines, drawn, body, options.shown)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from widerf._checks import require
 from widerf.cli.faults import EXPECTED, in_a_line
 from widerf.cli.giving import Found, figures_of, give, short, text
-from widerf.report import PATIENCE, Report, listed, progress_bar, table
+from widerf.report import PATIENCE, Report, listed, progress_bar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +80,7 @@ def erf(options: argparse.Namespace) -> None:
     told = [each.told | {"erf": {road: figures_of(erf) for road, erf in each.erfs.items()}} for each in seen.values()]
     erfs = {f"{number}-{road}": erf for number, each in enumerate(seen.values(), 1) for road, erf in each.erfs.items()}
     facts = {"models": told} | ({"lost": lost} if lost else {})
-    give(options, Found("Effective receptive fields", table(titles, rows).splitlines(), facts, erfs, compact=True))
+    give(options, Found("Effective receptive fields", [], facts, erfs, compared=(titles, rows)))
     require(not lost, "MODEL", "each be one that can be looked at", listed(list(lost)))
 
 

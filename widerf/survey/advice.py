@@ -14,7 +14,7 @@ from widerf._checks import require
 from widerf.conversion.swap import convert
 from widerf.convolutions.branches import silent_branches
 from widerf.convolutions.convolution import Convolution
-from widerf.convolutions.places import find_places
+from widerf.convolutions.places import Place, find_places
 from widerf.convolutions.selection import find_convolutions
 from widerf.erf.frame import Frame
 from widerf.erf.map import CLIPPED_LIMIT, ERF
@@ -22,12 +22,12 @@ from widerf.erf.measurement import measure
 from widerf.erf.prediction import predict, predicted
 from widerf.erf.receptive import from_tape
 from widerf.errors import ClippedWarning, UntreatedOperatorError
-from widerf.init import apply
 from widerf.init.advice import is_trained
 from widerf.init.target import weigh
 from widerf.report import PATIENCE, Report, counted, listed, progress_bar
 from widerf.survey.findings import Finding, Look, Remedy, after, as_html, as_text, call_of, mended, waking
-from widerf.survey.structure import off_the_map, skip_dominates, strided_grids
+from widerf.survey.levers import Levers
+from widerf.survey.structure import fine_layers, last_skip, off_the_map, skip_dominates, strided_grids
 from widerf.survey.summary import mean_side
 from widerf.trace.scene import Scene
 
@@ -110,7 +110,7 @@ def advise(
         object_size: side of the objects that a unit has to see, input pixels: the ERF's 2-sigma size is held against
             it.
         layer: module or its name; by default the last spatial map before global pooling.
-        progress: whether to count the findings on a progress bar, if it takes more than two seconds.
+        progress: whether to count the predictions on a progress bar, if it takes more than two seconds.
 
     Returns:
         The findings (:class:`widerf.survey.findings.Finding`), faults first.
@@ -132,8 +132,8 @@ def advise(
     require(object_size is None or 0 < object_size < math.inf, "object_size", "be positive", object_size)
     scene = Scene.of(model, input_size, layer)
     look = _Network(scene, find_convolutions(model), layer)
-    found = progress_bar(look.findings(object_size), shown=progress, what="try", unit="finding", delay=PATIENCE)
-    rows = sorted(found, key=lambda row: not row.fault)
+    with progress_bar(shown=progress, what="try", unit="prediction", delay=PATIENCE) as look.bar:
+        rows = sorted(look.findings(object_size), key=lambda row: not row.fault)
     return Advice(
         tuple(rows), (), layer=scene.site.name, input_size=scene.input_size, object_size=object_size,
         erf_size=None if look.erf is None else look.erf.size(), erf_std=None if look.erf is None else look.erf.std,
@@ -148,7 +148,8 @@ class _Network:
         self.silent = silent_branches(scene.model)
         self.trained = [name for name, module in scene.model.named_modules() if is_trained(module)]
         self.erf: ERF | None = None
-        self.problem = ""
+        self.problem, self.bar = "", progress_bar(shown=False, what="", unit="")
+        self.places: dict[str, Place] = {}
         try:
             self.field = from_tape(scene.tape, scene.site.name)
             self.erf = predicted(scene, Frame.of(self.field, [scene.unit]), warn=False)
@@ -163,6 +164,7 @@ class _Network:
 
     def _predicted(self, model: nn.Module) -> ERF:
         layer = self.scene.site.name if self.layer is not None else None
+        self.bar.update()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ClippedWarning)
             return predict(model, self.scene.input_size, layer=layer)
@@ -171,7 +173,7 @@ class _Network:
         if self.erf is None:
             yield Finding("not_predicted", f"the ERF cannot be predicted: {self.problem}", "the recording")
             return
-        places = find_places(self.scene, self.kernels)
+        places = self.places = find_places(self.scene, self.kernels)
         if self.silent:
             yield self._silence()
         yield from self._sufficiency(self.erf, object_size)
@@ -218,7 +220,7 @@ class _Network:
             name, what = "field_too_small", f"the theoretical field is {side:.3g}, objects have {wanted:g} pixels"
         limiting = tuple(self.silent) if self.silent else self._limiting()
         finding = Finding(name, what, "theoretical field and prediction", limiting, figure=_SIZE, before=size)
-        yield self._best(finding, wanted)
+        yield self._levers().pull(finding, wanted)
 
     def _limiting(self) -> tuple[str, ...]:
         """The layers to whose widening the network's variance answers most."""
@@ -228,28 +230,15 @@ class _Network:
         order = sorted(zip(spans, found.kernels, strict=True), key=lambda pair: -pair[0])
         return tuple(kernel.name for _, kernel in order[:_LIMITING])
 
-    def _best(self, finding: Finding, wanted: float) -> Finding:
-        """The finding with the mildest remedy that suffices, or else the one that gives most."""
-        best = finding
-        for remedy in self._remedies(finding, wanted):
-            found = after(self.model, remedy, self.size)
-            if found is not None and found > (best.after or finding.before or 0.0):
-                best = replace(finding, call=remedy.text, after=found)
-            if found is not None and found >= wanted:
-                break
-        return best
-
-    def _remedies(self, finding: Finding, wanted: float) -> Iterator[Remedy]:
-        size = self.scene.input_size
-        if self.silent and not self.trained:
-            yield waking(self.model, list(self.silent))
-        if not self.trained and finding.name == "erf_too_small":
-            ratio = math.ceil(100 * wanted / (finding.before or wanted)) / 100
-            if self.layer is None and ratio <= 1.5:
-                yield call_of("init.apply", apply, target=ratio, input_size=size)
-            yield call_of("init.apply", apply, strength=0.5)
-        pattern = {"pattern": "stratified"} if self.trained else {}
-        yield call_of("convert", convert, **pattern, input_size=size)
+    def _levers(self) -> Levers:
+        """What can be pulled: weights; windows at a skip that dominates, where they show, where they are best, all."""
+        skip = last_skip(self.scene)
+        fine = [] if skip is None or not skip.dominates else fine_layers(skip, self.kernels, self.places)
+        groups: list[dict[str, Any]] = [*([{"only": fine}] if fine else []), {}, {"only": "*"}]
+        return Levers(
+            self.model, self.scene.input_size, list(self.silent), bool(self.trained), self.layer is None, groups,
+            self.size,
+        )  # fmt: skip
 
     def _clipping(self, erf: ERF) -> Finding:
         channels, *spatial = self.scene.input_size

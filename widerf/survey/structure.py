@@ -129,18 +129,20 @@ class Skip:
     map_size: tuple[int, ...]
     share: float
 
+    @property
+    def dominates(self) -> bool:
+        """Whether most of the energy comes through the fine path."""
+        return self.share > _DOMINATES
+
 
 def skip_dominates(
     scene: Scene, kernels: Sequence[Convolution], places: Mapping[str, Place], look: Look
 ) -> Finding | None:
     """Find the last skip to the head of a U-Net, if most of the head's energy comes through it."""
     skip = last_skip(scene)
-    if skip is None or skip.share <= _DOMINATES:
+    if skip is None or not skip.dominates:
         return None
-    fine = [
-        kernel.name for kernel in kernels
-        if max(kernel.kernel_size) > 1 and kernel.name in places and places[kernel.name].before == skip.map_size
-    ]  # fmt: skip
+    fine = fine_layers(skip, kernels, places)
     finding = Finding(
         "skip_dominates",
         f"{skip.share:.0%} of what the head sees comes through the skip at {_text(skip.map_size)} that "
@@ -152,6 +154,14 @@ def skip_dominates(
         return finding
     remedy = call_of("convert", convert, only=fine, input_size=scene.input_size)
     return mended(scene.model, finding, remedy, look)
+
+
+def fine_layers(skip: Skip, kernels: Sequence[Convolution], places: Mapping[str, Place]) -> list[str]:
+    """Return the convolutions with taps on maps of the skip's size: those that what comes through it can widen at."""
+    return [
+        kernel.name for kernel in kernels
+        if max(kernel.kernel_size) > 1 and kernel.name in places and places[kernel.name].before == skip.map_size
+    ]  # fmt: skip
 
 
 def last_skip(scene: Scene) -> Skip | None:
