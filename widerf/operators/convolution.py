@@ -47,9 +47,6 @@ def _energy(call: Call, arguments: Arguments, inputs: Inputs, energies: Energies
         if region is not None:
             yield 0, _energy_of_region(arguments, energy, region)
             return
-        if _is_product(arguments):
-            yield 0, _energy_by_product(arguments, energy)
-            return
         if _skips(arguments):
             yield 0, _energy_of_met(arguments, energy)
             return
@@ -79,17 +76,6 @@ def _region(arguments: Arguments, energy: Tensor) -> list[tuple[int, int]] | Non
             return None
         ends.append((int(places[0]), int(places[-1])))
     return ends if math.prod(b - a + 1 for a, b in ends) <= _SMALL * math.prod(energy.shape[2:]) else None
-
-
-def _is_product(arguments: Arguments) -> bool:
-    """Whether a convolution is one product of matrices at every position: torch's own backward turns layouts round."""
-    one = all(n == 1 for n in (*arguments["weight"].shape[2:], *arguments["stride"], arguments["groups"]))
-    return one and all(n == 0 for n in arguments["padding"]) and not arguments["transposed"]
-
-
-def _energy_by_product(arguments: Arguments, energy: Tensor) -> Tensor:
-    power = once(arguments, "power", arguments["weight"].square)
-    return (power.flatten(1).T @ energy.flatten(2)).unflatten(2, energy.shape[2:])
 
 
 def _skips(arguments: Arguments) -> bool:
@@ -131,11 +117,6 @@ def _energy_by_columns(arguments: Arguments, energy: Tensor) -> Tensor:
 def _energy_of_region(arguments: Arguments, energy: Tensor, region: list[tuple[int, int]]) -> Tensor:
     """The energy at the input of a convolution, whose output has energy in ``region`` only."""
     image, weight = arguments["input"], once(arguments, "power", arguments["weight"].square)
-    if _is_product(arguments):
-        whole = torch.zeros_like(image)
-        box = (..., *(slice(a, b + 1) for a, b in region))
-        whole[box] = _energy_by_product(arguments, energy[box])
-        return whole
     stride, padding, dilation = (
         per_axis(arguments[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")
     )
