@@ -79,6 +79,15 @@ def test_prefixes_of_wrappers_come_off(prefix: str) -> None:
     assert same(saved, fresh)
 
 
+@pytest.mark.parametrize("name", ["model", "timm_model", "net"])
+def test_the_state_of_what_is_wrapped_loads_into_its_wrapper(name: str) -> None:
+    saved, fresh = converted(), nn.ModuleDict({name: build(seed=1)})
+    widerf.load_state_dict(fresh, saved.state_dict())
+    assert same(saved, fresh[name])
+    with pytest.raises(ValueError, match="unexpected"):  # nothing fits, with a prefix or without
+        widerf.load_state_dict(fresh, {f"other.{key}": value for key, value in saved.state_dict().items()})
+
+
 def test_an_average_and_a_compiled_model_come_back() -> None:
     saved = converted()
     average = torch.optim.swa_utils.AveragedModel(saved, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))

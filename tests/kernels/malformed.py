@@ -46,25 +46,32 @@ def lawful(draw: random.Random) -> Call:
     groups = draw.choice([1, 1, 2, 3, 5])
     depthwise = draw.random() < 0.3
     per_in, per_out = (1, 1) if depthwise else (draw.choice([1, 2, 3, 7]), draw.choice([1, 2, 6, 17]))
-    period = draw.choice([d for d in range(1, groups * per_in + 1) if groups * per_in % d == 0])
+    last = draw.random() < 0.4  # channels_last, where long runs of channels that share their taps have kernels
+    if last:
+        rank = 2
+        groups, per_in = (draw.choice([32, 40, 75]), 1) if depthwise else (1, draw.choice([16, 35, 48]))
+    channels = groups * per_in
+    period = channels if last else draw.choice([d for d in range(1, channels + 1) if channels % d == 0])
     taps, stride = draw.choice([1, 2, 4, 9]), [draw.choice([1, 1, 2, 3, 40]) for _ in range(rank)]
     reach = draw.choice([0, 2, 9])
-    cuts = sorted({0, period, *(draw.randint(0, period) for _ in range(2))})
+    cuts = sorted({0, period, *(draw.randint(0, period) for _ in range(draw.choice([0, 0, 1]) if last else 2))})
     runs = [
         [a, b, [[draw.randint(-reach, reach) for _ in range(rank)] for _ in range(taps)]]
         for a, b in itertools.pairwise(cuts)
     ]
     image, size = ([draw.choice([1, 2, 5, 17 if rank < 3 else 3]) for _ in range(rank)] for _ in range(2))
     border = [reach + s * m + n for s, m, n in zip(stride, size, image, strict=True)]
-    parts = [runs, groups * per_in // period, stride, border, border, groups]
+    parts = [runs, channels // period, stride, border, border, groups]
     batch = draw.choice([0, 1, 1, 2, 3])
-    x, w, y = (batch, groups * per_in, *image), (groups * per_out, per_in, *(1,) * (rank - 1), taps), ()
+    x, w, y = (batch, channels, *image), (groups * per_out, per_in, *(1,) * (rank - 1), taps), ()
     y = (batch, groups * per_out, *size)
     first, second, shape = {"forward": (x, w, size), "grad_input": (y, w, [*x]), "grad_weight": (x, y, [*w])}[
         name := draw.choice(list(OPERATORS))
     ]
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     tensors = [torch.randn(*s, generator=generator) for s in (first, second)]
+    if last:
+        tensors = [t.to(memory_format=torch.channels_last) for t in tensors]
     dtype = draw.choice([torch.float32] * 6 + list(DTYPES[:3]))
     return Call(name, tensors[0].to(dtype), tensors[1].to(dtype), json.dumps(parts), list(shape), ())
 
@@ -210,7 +217,7 @@ def _answer(call: Call) -> Tensor:
     shifts, stride, groups = _all_shifts(call)
     shape = [int(n) for n in call.shape]
     assert min(shape, default=0) >= 0
-    assert math.prod(shape) <= 2**24
+    assert math.prod(shape) <= 2**26
     a, b = call.first.double(), call.second.double()
     x = torch.zeros(shape).double() if call.name == "grad_input" else a
     w = torch.zeros(shape).double() if call.name == "grad_weight" else b

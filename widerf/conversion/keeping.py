@@ -34,7 +34,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], strict: bool = T
     Args:
         model: the model as its builder makes it, converted or not.
         state: its state dict; the prefixes of DDP, ``torch.compile`` and Lightning (``module.``, ``_orig_mod.``,
-            ``model.``) are taken off if all keys have them and none of the model's does.
+            ``model.``) are taken off if all keys have them and none of the model's does; a prefix that all of the
+            model's keys have and none of the state's is added.
         strict: whether missing and unexpected keys are errors.
 
     Returns:
@@ -58,7 +59,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], strict: bool = T
     require(isinstance(model, nn.Module), "model", "be a torch.nn.Module", type(model).__name__, TypeError)
     named = isinstance(state, Mapping) and all(isinstance(key, str) for key in state)
     require(named, "state", "be a state dict: names and tensors", type(state).__name__, TypeError)
-    plain = without_prefix(model, state)
+    plain = _named_as(model, state)
     pairs = _pairs(model, plain)
     kept = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     return exchange(model, pairs, lambda: _loaded(model, plain, kept, strict))
@@ -101,14 +102,20 @@ def _rebuilt(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -
     exchange(model, _pairs(model, own), lambda: None)
 
 
-def without_prefix(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state without the prefix that wrappers put before all of its names."""
+def _named_as(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state without the prefix that wrappers put before all of its names, or with the model's own.
+
+    A model that is nothing but a wrapper may write its state without its own prefix, and add it when it loads.
+    """
     own, found = set(model.state_dict()), dict(state)
     while found and not own & found.keys():
         prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in found)), None)
         if prefix is None:
             break
         found = {key.removeprefix(prefix): value for key, value in found.items()}
+    if len(wrappers := {key.partition(".")[0] for key in own}) == 1 and not own & found.keys():
+        inside = {f"{min(wrappers)}.{key}": value for key, value in found.items()}
+        found = inside if own & inside.keys() else found
     return found
 
 
