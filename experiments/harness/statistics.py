@@ -182,7 +182,7 @@ def restricted_mean(steps: Sequence[float | None], longest: float) -> float:
     """Area under the Kaplan–Meier curve up to ``longest``; None is a run that had not arrived by then.
 
     Example:
-        >>> restricted_mean([100.0, 300.0, None], 800)
+        >>> round(restricted_mean([100.0, 300.0, None], 800), 6)
         400.0
     """
     return survival(steps, [longest] * len(steps)).area(longest)

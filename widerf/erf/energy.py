@@ -11,9 +11,9 @@ where a normalisation over n elements is written out in single operators, the co
 path with that through the mean (2/n of the energy; the norms that torch knows as such are exact). Left out, too, is
 what attention and the statistics of a group or an instance make common to all positions: further layers of that kind
 hand it on whole, while uncorrelated parts average out, so that the prediction is too narrow (std 0.5 to 0.9 of the
-measured one on some small transformers); batch statistics, and squeeze-excite beside them, are treated. And branches
-without weights that are more than element-wise count as if weights lay in them: PoolFormer's pool(x) − x, the quotient
-of linear attention.
+measured one on some small transformers); batch statistics, and squeeze-excite beside them, are treated. Averages in a
+row that no weights part are one map (:mod:`widerf.operators.averages`). But branches without weights that are more than
+element-wise count as if weights lay in them: PoolFormer's pool(x) − x, the quotient of linear attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widerf.operators import rule_of
+from widerf.operators import averages, rule_of
 from widerf.operators.flow import Flow, Slope
 from widerf.operators.normalisation import batch_statistics
 from widerf.operators.pointwise import slopes
@@ -67,6 +67,7 @@ class Backward:
         self.tape, self.several = _in_single_precision(tape), several
         self._arguments: dict[int, dict[str, Any]] = {}
         self._slopes: dict[tuple[int, ...], list[Slope | None]] = {}
+        self._averages: dict[tuple[int, ...], list[Tensor] | None] = {}
 
     def to_input(self, target: int, energy: Tensor) -> tuple[Tensor, float]:
         """Carry the energy at one value back, see :func:`backpropagate`.
@@ -93,6 +94,13 @@ class Backward:
         if self.several:
             self._slopes[key] = found
         return found
+
+    def averages(self, row: averages.Row) -> list[Tensor] | None:
+        """Matrices of a row of fixed averages, one a spatial axis; ``None`` where it has none."""
+        key = tuple(map(id, row.calls))
+        if key not in self._averages:
+            self._averages[key] = averages.matrices(row, self.tape.values[row.source])
+        return self._averages[key]
 
     def _differentiated(self, group: list[Call], sources: list[int], shape: torch.Size) -> list[Slope | None]:
         values = self.tape.values
@@ -133,10 +141,13 @@ class _Pass:
         # Between joints only element-wise operators lie: what is not a joint is differentiated within its group.
         self.joints = joints
         self.follow_common = any(batch_statistics(call, tape) for call in self.calls)
+        self.rows = {row.outcome: row for row in averages.rows(self.calls, tape)}
 
     def run(self, energy: Tensor) -> Tensor:
         flows: dict[int, Flow] = {self.tape.target: Flow(energy)}
         for call in reversed(self.calls):
+            if self._averaged(call, flows):
+                continue
             outputs = [flows.pop(out, None) if out is not None else None for out in call.outputs]
             if call.detached or all(out is None for out in outputs):
                 continue
@@ -149,6 +160,16 @@ class _Pass:
             if rule.kind in ("convolution", "matmul"):  # where energies grow or shrink; a norm alone stays in range
                 self.log_scale += math.log(_rescale(flows, call.inputs.values()))
         return flows[0].total() if 0 in flows else torch.zeros_like(self.tape.values[0])
+
+    def _averaged(self, last: Call, flows: dict[int, Flow]) -> bool:
+        """Whether the call ends a row of fixed averages; if so, the flow goes through all of it as one map."""
+        row = next((self.rows[out] for out in last.outputs if out in self.rows and out in flows), None)
+        matrices = None if row is None else self.backward.averages(row)
+        if row is None or matrices is None:
+            return False
+        part = averages.carried_back(flows.pop(row.outcome), matrices)
+        flows[row.source] = flows[row.source].joined(part) if row.source in flows else part
+        return True
 
     def _ruled(self, call: Call, rule: Rule, outputs: list[Flow | None]) -> Iterator[tuple[int, Flow]]:
         assert rule.energy is not None
