@@ -90,3 +90,24 @@ def test_every_room_that_is_a_folder_has_tests_in_a_folder_of_its_name() -> None
     folders = [name for name in rooms() if (ROOT / "widerf" / name).is_dir()]
     assert len(folders) > 5
     assert [name for name in folders if not [*(ROOT / "tests" / name).rglob("test_*.py")]] == []
+
+
+# ── lower bounds that were never run ────────────────────────────────────────────────────────────────────
+
+
+def requirements() -> dict[str, str]:
+    """What pyproject.toml asks of packages, whatever for: name → its rule about versions."""
+    text = (ROOT / "pyproject.toml").read_text()
+    core = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    lists = [core, text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]]
+    found = [re.match(r"([\w-]+)(\[[\w,]+\])?(.*)", one) for many in lists for one in re.findall(r'"([^"]+)"', many)]
+    return {match[1]: match[3] for match in found if match and match[1] != "widerf"}
+
+
+def test_every_requirement_has_a_lowest_version_and_the_workflow_runs_all_of_them() -> None:
+    """A bound that no test runs is a guess: one without a bound, or a job that installs others, would be such."""
+    rules = requirements()
+    assert {"torch", "timm", "numpy", "pandas", "transformers", "pytest"} <= rules.keys()
+    assert [f"{name}{rule}" for name, rule in rules.items() if not re.fullmatch(r"(>=|==)\d[\w.]*", rule)] == []
+    job = (ROOT / ".github/workflows/tests.yml").read_text().partition("  lowest:\n")[2]
+    assert "--resolution lowest-direct" in job and "'.[test]'" in job and 'pytest -n auto -m "not slow"' in job

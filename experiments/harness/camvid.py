@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from experiments.harness import archives
 from experiments.harness.data import cache_dir, to_float
 from experiments.harness.inputs import InputError
 
 CLASSES, VOID = 11, 11
+_FOLDERS = ("train", "trainannot", "val", "valannot")
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,15 @@ def load(data_dir: Path | None, size: tuple[int, int]) -> Frames:
     """Read ``camvid.tar`` under ``data_dir`` at ``size`` (height, width); decoded frames are cached elsewhere.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it is damaged.
     """
     path = None if data_dir is None else data_dir / "camvid.tar"
     if path is None or not path.is_file():
         raise InputError(f"--data-dir (or WIDERF_DATA) must hold camvid.tar, got {str(data_dir)!r}")
     key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {size}".encode()).hexdigest()[:16]
     cached = cache_dir() / f"camvid-{key}.npz"
-    if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_suffix(".part.npz")
-        np.savez(part, **_decode(path, size))
-        part.replace(cached)
-    with np.load(cached) as file:
-        a = {name: torch.from_numpy(file[name]) for name in file.files}
+    arrays = archives.cached(cached, _FOLDERS, lambda: _decode(path, size))
+    a = {name: torch.from_numpy(array) for name, array in arrays.items()}
     held = torch.arange(len(a["train"])) % 6 == 0
     held &= held.cumsum(0) <= 60
     return Frames(
@@ -57,19 +52,21 @@ def load(data_dir: Path | None, size: tuple[int, int]) -> Frames:
 
 
 def _decode(path: Path, size: tuple[int, int]) -> dict[str, Any]:
-    arrays: dict[str, list[Any]] = {"train": [], "trainannot": [], "val": [], "valannot": []}
-    with tarfile.open(path) as tar:
-        for member in sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name):
-            folder = Path(member.name).parent.name
-            file = tar.extractfile(member)
-            if folder not in arrays or file is None:
-                continue
-            labels = folder.endswith("annot")
-            image = Image.open(io.BytesIO(file.read()))
-            way = Image.Resampling.NEAREST if labels else Image.Resampling.BOX
-            small = np.asarray((image if labels else image.convert("RGB")).resize(size[::-1], way))
-            arrays[folder].append(small if labels else small.transpose(2, 0, 1))
-    return {name: np.stack(frames) for name, frames in arrays.items()}
+    arrays: dict[str, list[Any]] = {folder: [] for folder in _FOLDERS}
+    for name, content in archives.read_files(path):
+        folder = Path(name).parent.name
+        if folder not in arrays:
+            continue
+        labels = folder.endswith("annot")
+        image = archives.read_image(content, name, path)
+        way = Image.Resampling.NEAREST if labels else Image.Resampling.BOX
+        small = np.asarray((image if labels else image.convert("RGB")).resize(size[::-1], way))
+        arrays[folder].append((name, small if labels else small.transpose(2, 0, 1)))
+    counts = {folder: len(frames) for folder, frames in arrays.items()}
+    if not all(counts.values()) or any(counts[one] != counts[f"{one}annot"] for one in ("train", "val")):
+        raise InputError(f"camvid.tar must hold as many labels as images, and some, got {counts} in {str(path)!r}")
+    in_order = {folder: sorted(frames, key=lambda frame: frame[0]) for folder, frames in arrays.items()}
+    return {folder: np.stack([frame for _, frame in frames]) for folder, frames in in_order.items()}
 
 
 @torch.no_grad()

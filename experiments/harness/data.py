@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.harness import archives
 from experiments.harness.inputs import InputError
 
 _SPLITS = ("train", "test")
@@ -62,16 +59,11 @@ def cifar10(data_dir: Path | None) -> Images:
     key = hashlib.sha256(f"{source.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:16]
     cached = cache_dir() / f"cifar10-{key}.npz"
     # A folder's own time does not change with the images deep inside it: only a tar is taken from the cache.
-    if source.is_file() and cached.exists():
-        with np.load(cached) as file:
-            return Images(*(torch.from_numpy(file[name]) for name in Images.__dataclass_fields__))
-    images = _decode(source)
-    if source.is_file():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_suffix(".part.npz")
-        np.savez(part, **{name: getattr(images, name).numpy() for name in Images.__dataclass_fields__})
-        part.replace(cached)
-    return images
+    if not source.is_file():
+        return _decode(source)
+    names = list(Images.__dataclass_fields__)
+    arrays = archives.cached(cached, names, lambda: {k: v.numpy() for k, v in vars(_decode(source)).items()})
+    return Images(*(torch.from_numpy(arrays[name]) for name in names))
 
 
 def _find(data_dir: Path) -> Path:
@@ -88,35 +80,13 @@ def _find(data_dir: Path) -> Path:
     )
 
 
-def _files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of every file of a tree or tar."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                yield path.relative_to(source).as_posix(), path.read_bytes()
-        return
-    try:
-        with tarfile.open(source) as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    yield member.name, file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"--data-dir must hold a readable tar, got {str(source)!r} ({error})") from error
-
-
 def _decode(source: Path) -> Images:
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in _SPLITS}
-    for name, content in tqdm(_files(source), desc=f"reading {source.name}", unit="image", disable=None):
+    for name, content in tqdm(archives.read_files(source), desc=f"reading {source.name}", unit="image", disable=None):
         parts = Path(name).parts
         if len(parts) < 3 or parts[-3] not in _SPLITS or parts[-1].startswith("."):
             continue
-        try:
-            image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise InputError(f"every image must be readable, got {name!r} in {str(source)!r} ({error})") from error
-        if image.shape != (32, 32, 3):
-            raise InputError(f"every image must be 32×32, got {image.shape[1]}×{image.shape[0]} in {name!r}")
+        image = np.asarray(archives.read_image(content, name, source, (32, 32)).convert("RGB"))
         found[parts[-3]].append((parts[-2], name, image))
     classes = sorted({label for label, _, _ in found["train"]})
     if len(classes) != 10 or {label for label, _, _ in found["test"]} != set(classes):

@@ -9,8 +9,6 @@ environment variable ``WIDERF_DATA`` names it. The weights are the package ``eff
 from __future__ import annotations
 
 import argparse
-import io
-import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from experiments.harness import archives
 from experiments.harness.data import default_dir
 from experiments.harness.device import machine
 from experiments.harness.inputs import InputError
@@ -52,15 +51,12 @@ def camvid_frames(data_dir: Path, count: int, split: str = "val", size: tuple[in
 
 def _frames(data_dir: Path, split: str) -> Iterator[Image.Image]:
     archive = data_dir / "camvid.tar"
-    if not archive.is_file():
-        yield from (Image.open(path) for path in sorted((data_dir / "camvid" / split).glob("*.jpg")))
+    source = archive if archive.is_file() else data_dir / "camvid"
+    if not source.exists():
         return
-    with tarfile.open(archive) as tar:
-        wanted = [m for m in tar.getmembers() if m.name.split("/")[-2:-1] == [split] and m.name.endswith(".jpg")]
-        for member in sorted(wanted, key=lambda m: m.name):
-            file = tar.extractfile(member)
-            assert file is not None
-            yield Image.open(io.BytesIO(file.read()))
+    wanted = (one for one in archives.read_files(source) if Path(one[0]).match(f"{split}/*.jpg"))
+    for name, content in sorted(wanted):
+        yield archives.read_image(content, name, source)
 
 
 def pretrained() -> nn.Module:

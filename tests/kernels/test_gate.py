@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,20 @@ def test_raw_operators_answer_rightly_or_refuse(path: str) -> None:
     with kernels.use(path):
         counts = malformed.survey(range(200))
     assert min(counts.values()) > 40, counts
+
+
+@pytest.mark.parametrize("name", malformed.OPERATORS)
+def test_the_calls_reach_the_kernels_for_runs_of_channels(name: str) -> None:
+    """In channels_last neighbours that share their taps have kernels of their own, dense and depthwise ones."""
+    reached = {False: 0, True: 0}
+    for seed in range(600):
+        call = malformed.lawful(random.Random(seed))
+        runs, repeats, *_, groups = json.loads(call.plan)
+        outs = {"forward": call.second.shape[0], "grad_input": call.first.shape[1], "grad_weight": call.second.shape[1]}
+        shared = repeats == 1 and min(end - start for start, end, _ in runs) >= 16 and call.first.dtype == torch.float32
+        if call.name == name and shared and cpu._channels_last(call.first) and (groups == 1 or groups == outs[name]):
+            reached[groups > 1] += 1
+    assert min(reached.values()) >= 5, reached
 
 
 @pytest.mark.slow  # ten thousand calls, under sanitizers
