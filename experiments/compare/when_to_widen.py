@@ -83,11 +83,11 @@ def points(study: str, arm: str) -> str:
 def after(study: str, arm: str, depth: int, radius: int) -> str:
     """Write the difference of an arm's measured ERF std after training to He's, in pixels, paired by seed."""
     found = verdict(study, depth, radius)
-    pairs = found.pairs(arm) if found else ([], [])
-    stds = [[record["erf_after"]["std"] for record in side] for side in pairs]
-    if not stds[0]:
+    pairs = zip(*found.pairs(arm), strict=True) if found else ()
+    stds = [[end["erf_after"]["std"] for end in pair] for pair in pairs if all(end["erf_after"] for end in pair)]
+    if not stds:
         return "not run"
-    gap = paired_difference(*stds)
+    gap = paired_difference(*zip(*stds, strict=True))
     return f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
 
 

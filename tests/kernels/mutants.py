@@ -105,7 +105,7 @@ BOX_DEPTHWISE_WEIGHT = (
     ("columns negated", "u + columns[k]", "u - columns[k]", ELEVEN),
     ("tap is the group's first", "first, t0 + k, taps", "first, t0, taps", BY_BLOCKS),
     ("tap kept elsewhere", "tl.minimum(t0 + k, taps - 1) *", "tl.minimum(t0, taps - 1) *", HALVES),
-    ("sums of another tap", "(sums[k] + grads", "(sums[0] + grads", ELEVEN),
+    ("sums of another tap", "(sums[k] + grads", "(sums[0] + grads", HALVES),
     ("sums of one step only", "sums = more", "sums = sums", HALVES),
     ("sums of one tap stored", "tl.sum(sums[k]", "tl.sum(sums[0]", HALVES),
 )
