@@ -26,7 +26,7 @@ FIRST = {"first cifar10": (0.5, 600)}  # series before the studies: target and b
 
 @cache
 def verdict(study: str, depth: int = 0, radius: int = 0) -> Verdict | None:
-    """Return the verdict on a cell of a study, or on a first series; None if its baseline was not run."""
+    """Return the verdict on a cell of a study, or on a first series; None without that cell or its baseline."""
     if study == CARD:
         found = cells(read(RESULTS, CARD).get("far-pair", []))
         return found.get(f"far-pair depth {depth} radius {radius}")
@@ -36,8 +36,8 @@ def verdict(study: str, depth: int = 0, radius: int = 0) -> Verdict | None:
     about = protocol(study)
     rows = ledger(about, RESULTS / f"study-{study}.jsonl").rows()
     wanted = {"depth": depth, "radius": radius} if depth else about.cells[0].options
-    cell = next(cell for cell in about.cells if cell.options == wanted)
-    return verdict_of(cell, about, rows)
+    cell = next((cell for cell in about.cells if cell.options == wanted), None)
+    return None if cell is None else verdict_of(cell, about, rows)
 
 
 def row(study: str, arm: str, depth: int = 0, radius: int = 0) -> Row | None:

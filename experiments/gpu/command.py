@@ -133,12 +133,14 @@ def kernels(device: torch.device, out: Path, seconds: float, small: bool, count:
     run.attempt({"part": "use", "heat": "all"}, 0 if small else 10, lambda: uses.check(device))
     timed = 0.0 if small else 0.03
     heats, networks = race.heats(small), race.networks(small)
-    _race(run, heats[: race.FIRST], networks[:3], device, timed)
-    _race(run, heats[race.FIRST :], (), device, timed)
+    asked = 1 + [heat.part for heat in heats].index("launch")
+    first = [network for network in networks if network[0] == networks[0][0]]
+    _race(run, heats[:asked], first, device, timed)
+    _race(run, heats[asked:], (), device, timed)
     for layer in sweep.layers(small) if tune else ():
         row = {"part": "sweep", "heat": layer.name}
         run.attempt(row, LEAST if timed else 0, partial(sweep.run, layer, device, timed))
-    _race(run, (), networks[3:], device, timed)
+    _race(run, (), networks[len(first) :], device, timed)
     written = out / f"{stem}.md"
     write_whole(written, page(run.ledger.rows(), run.ledger.path.name))
     return written

@@ -18,7 +18,6 @@ from widerf import SparseConv2d, convert, kernels
 
 Build = Callable[[], nn.Module]
 Network = tuple[str, int, int, str]  # timm model, batch, side, way
-FIRST = 10  # heats whose figures were asked for, and that of the launches
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _launches(shape: tuple[int, int, int], dtype: torch.dtype, count: int) -> He
 
 
 def heats(small: bool) -> list[Heat]:
-    """Return all heats, what matters most first: `FIRST` of them before the networks."""
+    """Return all heats, what matters most first: those whose figures were asked for end with that of the launches."""
     half, full = torch.bfloat16, torch.float32
     if small:
         deformable = (("deform_conv2d", lambda: Deformable(32, 8)),)
@@ -247,7 +246,7 @@ def run(heat: Heat, device: torch.device, seconds: float) -> Iterator[Record]:
 def networks(small: bool) -> list[Network]:
     """Return (timm model, batch, side, way) of the training steps: replayed as a graph, launched singly, compiled.
 
-    The first three are of the model whose figures were asked for.
+    The first model is the one whose figures were asked for.
     """
     if small:
         return [("test_resnet", 2, 64, "eager")]

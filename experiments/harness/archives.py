@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import tarfile
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.harness.inputs import InputError
+from experiments.harness.runs import replacing
 
 LARGEST, MOST = 16 * 2**20, 250_000  # bytes of a file, and files; of CIFAR-10 and CamVid half a MiB and 60,000
 _PIXELS = 2**24
@@ -105,14 +104,6 @@ def cached(path: Path, names: Sequence[str], make: Callable[[], Mapping[str, np.
         except _CACHE_DAMAGE as error:
             print(f"{path} is damaged ({error}): decoding again", file=sys.stderr)
     arrays = dict(make())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as part:
-        try:
-            np.savez(part, **arrays)
-            part.flush()
-            os.fsync(part.fileno())
-            Path(part.name).replace(path)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
+    with replacing(path) as part:
+        np.savez(part, **arrays)
     return arrays

@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -18,24 +19,29 @@ from experiments.harness.engines import Engine, Record, Work
 from experiments.harness.inputs import InputError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a kill leaves the old file or the new one, never half of one.
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of ``path`` at the end: a kill leaves the old or the new one, never half of one.
 
     The part has a name of its own, so that two writers of one file do not tear each other's, and is on the disk before
     it takes its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-    ) as part:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as part:
         try:
-            part.write(text)
+            yield part
             part.flush()
             os.fsync(part.fileno())
             Path(part.name).replace(path)
         except BaseException:
             Path(part.name).unlink(missing_ok=True)
             raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, see :func:`replacing`."""
+    with replacing(path) as part:
+        part.write(text.encode("utf-8"))
 
 
 def read_record(path: Path) -> Record | None:

@@ -23,7 +23,7 @@ from experiments.harness import camvid, data
 from experiments.harness.device import pick_device
 from experiments.harness.inputs import main_guard
 from experiments.harness.ledger import RESULTS, Ledger
-from experiments.harness.runs import Record
+from experiments.harness.runs import Record, replacing
 from experiments.paper.networks import BLOCKS, Setting, network
 from experiments.patterns.command import Problem, batches, problem
 
@@ -71,9 +71,8 @@ def run(about: Problem, setting: Setting, checkpoint: Path, device: torch.device
             optimizer.step()
             schedule.step()
         state["curve"].append([loss.item(), score(net, setting.task, about.held_out, device)])
-        part = checkpoint.with_suffix(".part")
-        torch.save({"state": state} | {name: kept.state_dict() for name, kept in parts.items()}, part)
-        part.replace(checkpoint)
+        with replacing(checkpoint) as part:
+            torch.save({"state": state} | {name: kept.state_dict() for name, kept in parts.items()}, part)
     return state | {"after": look(net, images), "test_score": score(net, setting.task, about.test, device)}
 
 

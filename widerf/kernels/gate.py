@@ -48,11 +48,9 @@ def check_kinds(name: str, first: Tensor, second: Tensor) -> None:
         TypeError: if they are not dense and real.
         RuntimeError: if they differ in dtype or device, as PyTorch's convolutions say it.
     """
-    if first.layout != torch.strided or second.layout != torch.strided:
-        index = int(first.layout == torch.strided)
-        raise TypeError(
-            f"{OPERANDS[name][index]} must be a dense (strided) tensor, got {(first, second)[index].layout}"
-        )
+    for argument, t in zip(OPERANDS[name], (first, second), strict=True):
+        if t.layout != torch.strided:
+            raise TypeError(f"{argument} must be a dense (strided) tensor, got {t.layout}")
     if first.dtype != second.dtype or first.device != second.device:
         raise RuntimeError(
             "sparse_conv expects its tensors to have one dtype and device, "
@@ -162,11 +160,10 @@ def admit(name: str, first: Tensor, second: Tensor, plan: str, shape: Sequence[i
     """
     check_kinds(name, first, second)
     found = _checked(name, first.shape, second.shape, plan, tuple(shape))
-    if not (allocated(first) and allocated(second)):
-        index = int(allocated(first))
-        t = (first, second)[index]
-        raise RuntimeError(
-            f"{OPERANDS[name][index]} must have memory for its {t.numel()} elements, "
-            f"got a storage of {t.untyped_storage().nbytes()} bytes (freed?)"
-        )
+    for argument, t in zip(OPERANDS[name], (first, second), strict=True):
+        if not allocated(t):
+            raise RuntimeError(
+                f"{argument} must have memory for its {t.numel()} elements, "
+                f"got a storage of {t.untyped_storage().nbytes()} bytes (freed?)"
+            )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from widerf.init.target import weigh
 from widerf.report import PATIENCE, Report, counted, listed, progress_bar
 from widerf.survey.findings import Finding, Look, Remedy, after, as_html, as_text, call_of, mended, waking
 from widerf.survey.levers import Levers
-from widerf.survey.structure import fine_layers, last_skip, off_the_map, skip_dominates, strided_grids
+from widerf.survey.structure import Skip, fine_layers, last_skip, off_the_map, skip_dominates, strided_grids
 from widerf.survey.summary import mean_side
 from widerf.trace.scene import Scene
 
@@ -149,12 +150,27 @@ class _Network:
         self.trained = [name for name, module in scene.model.named_modules() if is_trained(module)]
         self.erf: ERF | None = None
         self.problem, self.bar = "", progress_bar(shown=False, what="", unit="")
-        self.places: dict[str, Place] = {}
         try:
             self.field = from_tape(scene.tape, scene.site.name)
             self.erf = predicted(scene, Frame.of(self.field, [scene.unit]), warn=False)
         except (UntreatedOperatorError, ValueError) as error:
             self.problem = str(error)
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Where each convolution lies."""
+        return find_places(self.scene, self.kernels)
+
+    @functools.cached_property
+    def skip(self) -> Skip | None:
+        """The last skip to the head of a U-Net, if most of the head's energy comes through it."""
+        found = last_skip(self.scene)
+        return found if found is not None and found.dominates else None
+
+    @functools.cached_property
+    def fine(self) -> list[str]:
+        """The layers at that skip's resolution."""
+        return [] if self.skip is None else fine_layers(self.skip, self.kernels, self.places)
 
     def size(self, model: nn.Module) -> float:
         return self._predicted(model).size()
@@ -173,15 +189,13 @@ class _Network:
         if self.erf is None:
             yield Finding("not_predicted", f"the ERF cannot be predicted: {self.problem}", "the recording")
             return
-        places = self.places = find_places(self.scene, self.kernels)
         if self.silent:
             yield self._silence()
         yield from self._sufficiency(self.erf, object_size)
         yield from strided_grids(self.model, self.kernels)
-        yield from off_the_map(self.scene, self.kernels, places)
-        skip = skip_dominates(self.scene, self.kernels, places, self.std)
-        if skip is not None:
-            yield skip
+        yield from off_the_map(self.scene, self.kernels, self.places)
+        if self.skip is not None:
+            yield skip_dominates(self.scene, self.skip, self.fine, self.std)
         if self.erf.clipped > CLIPPED_LIMIT and self.erf.trf_size is not None:
             yield self._clipping(self.erf)
         if self.field.global_paths:
@@ -232,9 +246,7 @@ class _Network:
 
     def _levers(self) -> Levers:
         """What can be pulled: weights; windows at a skip that dominates, where they show, where they are best, all."""
-        skip = last_skip(self.scene)
-        fine = [] if skip is None or not skip.dominates else fine_layers(skip, self.kernels, self.places)
-        groups: list[dict[str, Any]] = [*([{"only": fine}] if fine else []), {}, {"only": "*"}]
+        groups: list[dict[str, Any]] = [*([{"only": self.fine}] if self.fine else []), {}, {"only": "*"}]
         return Levers(
             self.model, self.scene.input_size, list(self.silent), bool(self.trained), self.layer is None, groups,
             self.size,

@@ -135,14 +135,8 @@ class Skip:
         return self.share > _DOMINATES
 
 
-def skip_dominates(
-    scene: Scene, kernels: Sequence[Convolution], places: Mapping[str, Place], look: Look
-) -> Finding | None:
-    """Find the last skip to the head of a U-Net, if most of the head's energy comes through it."""
-    skip = last_skip(scene)
-    if skip is None or not skip.dominates:
-        return None
-    fine = fine_layers(skip, kernels, places)
+def skip_dominates(scene: Scene, skip: Skip, fine: Sequence[str], look: Look) -> Finding:
+    """Return the finding on a skip that dominates; ``fine``: the layers at its resolution, see :func:`fine_layers`."""
     finding = Finding(
         "skip_dominates",
         f"{skip.share:.0%} of what the head sees comes through the skip at {_text(skip.map_size)} that "
@@ -152,7 +146,7 @@ def skip_dominates(
     )  # fmt: skip
     if not fine:
         return finding
-    remedy = call_of("convert", convert, only=fine, input_size=scene.input_size)
+    remedy = call_of("convert", convert, only=list(fine), input_size=scene.input_size)
     return mended(scene.model, finding, remedy, look)
 
 
